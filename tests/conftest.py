@@ -1,0 +1,44 @@
+"""What every test file shares: GPU tests only where there is a GPU, and memory that betrays a read before a write."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests marked `gpu` on a machine without one; pytest counts them as deselected."""
+    if torch.cuda.is_available() or torch.xpu.is_available():
+        return
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu:
+        config.hook.pytest_deselected(items=gpu)
+        items[:] = [item for item in items if item not in gpu]
+
+
+def _poison(tensor: torch.Tensor) -> torch.Tensor:
+    """Fill with what no computation survives unnoticed: NaN, or an integer that is out of range as an index."""
+    if tensor.is_floating_point() or tensor.is_complex():
+        return tensor.fill_(float("nan"))
+    return tensor.fill_(True if tensor.dtype is torch.bool else torch.iinfo(tensor.dtype).max)
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let freshly allocated tensors hold poison instead of whatever the memory held before.
+
+    A kernel that reads what nobody wrote then gives NaN every time, not garbage once in a while.
+    """
+
+    def poisoning(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def allocate_poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+            with torch.no_grad():
+                return _poison(allocate(*args, **kwargs)).requires_grad_(kwargs.get("requires_grad", False))
+
+        return allocate_poisoned
+
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, poisoning(getattr(torch, name)))
+    for name in ("new_empty", "new_empty_strided"):
+        monkeypatch.setattr(torch.Tensor, name, poisoning(getattr(torch.Tensor, name)))
