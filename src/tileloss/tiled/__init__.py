@@ -1,1 +1,6 @@
+"""The primitives over row blocks: bounded memory on any device, gradients derived by hand."""
 
+from tileloss.tiled.contrastive import Needs, Result, contrastive_loss
+from tileloss.tiled.passes import Passes, Problem, Tile
+
+__all__ = ["Needs", "Passes", "Problem", "Result", "Tile", "contrastive_loss"]

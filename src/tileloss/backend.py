@@ -1,0 +1,179 @@
+"""Which implementation serves a tensor, and why.
+
+Three backends compute the same numbers. `reference` materialises the matrices in plain PyTorch and leaves gradients to
+autograd: the definition, and the fastest for small batches. `tiled` walks over row blocks with hand-derived gradients:
+bounded memory on any device. `triton` is the same walk with fused passes in Triton, for CUDA, ROCm and XPU.
+
+"auto" takes the best that can run: triton on a device that has it, tiled elsewhere, reference below the size where
+blocks pay. When a feature of the call rules the best one out, the choice falls back and says so once. A backend that was
+asked for by name never falls back: it runs, or `BackendError` says why it cannot.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from tileloss.errors import BackendError, FallbackWarning, InputError
+
+BACKENDS = ("reference", "tiled", "triton")
+ENVIRONMENT_VARIABLE = "TILELOSS_BACKEND"
+
+_TRITON_DEVICES = ("cuda", "xpu")  # ROCm tensors call themselves cuda
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# the number of similarities below which the materialised form is at least as fast; see docs/measured.md
+_SMALL = {"cpu": 128 * 128, "cuda": 1024 * 1024, "xpu": 1024 * 1024}
+
+_Fn = TypeVar("_Fn", bound=Callable[..., Any])
+_forced: str | None = None
+_said: set[str] = set()
+
+
+class Choice(NamedTuple):
+    """A backend's name and, in a sentence, why it was chosen."""
+
+    backend: str
+    reason: str
+
+
+def _check_name(name: str, origin: str) -> str:
+    if name not in (*BACKENDS, "auto"):
+        raise InputError(f"{origin} must be 'auto' or one of {list(BACKENDS)}, got {name!r}.")
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force a backend for the calls made inside the block; "auto" restores the automatic choice there.
+
+    Args:
+        name: "reference", "tiled", "triton" or "auto". It outranks the environment variable TILELOSS_BACKEND.
+
+    Raises:
+        InputError: for any other name. A backend that cannot run raises `BackendError` at the call that needs it.
+
+    >>> with use_backend("reference"):
+    ...     loss = contrastive_loss(queries, docs)  # doctest: +SKIP
+    """
+    global _forced
+    before, _forced = _forced, _check_name(name, "the backend")
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def accepts_backend(function: _Fn) -> _Fn:
+    """Give a functional op the keyword `backend`, which forces a backend for that one call."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, backend: str | None = None, **kwargs: Any) -> Any:
+        if backend is None:
+            return function(*args, **kwargs)
+        with use_backend(backend):
+            return function(*args, **kwargs)
+
+    return wrapper  # type: ignore[return-value]
+
+
+def requested() -> str:
+    """The backend that was asked for: by the enclosing `use_backend`, else by TILELOSS_BACKEND, else "auto"."""
+    if _forced is not None:
+        return _forced
+    return _check_name(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", f"the environment variable {ENVIRONMENT_VARIABLE}")
+
+
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, which needs no GPU and serves CPU tensors (slowly, for tests)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why Triton kernels cannot serve such a tensor, or None."""
+    if not _triton_is_installed():
+        return "Triton is not installed (on Linux: pip install triton)"
+    if device.type not in _TRITON_DEVICES and not (device.type == "cpu" and interpreting()):
+        return f"Triton has no kernels for {device.type} tensors"
+    if dtype not in _TRITON_DTYPES:
+        return f"the Triton kernels do not compute in {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def choose(
+    tensor: Tensor,
+    similarities: int | None = None,
+    obstacles: Mapping[str, str] | None = None,
+) -> Choice:
+    """The backend for one call.
+
+    Args:
+        tensor: any of the call's inputs; its device and dtype decide.
+        similarities: how many entries the call's matrices would have; None leaves the size out of the choice.
+        obstacles: backend name -> why this call's features rule it out.
+
+    Raises:
+        BackendError: when a backend was asked for by name and cannot run.
+    """
+    obstacles = dict(obstacles or {})
+    device_obstacle = _triton_obstacle(tensor.device, tensor.dtype)
+    if device_obstacle:
+        obstacles["triton"] = device_obstacle
+    name = requested()
+    if name != "auto":
+        if name in obstacles:
+            raise BackendError(f"The backend {name!r} was asked for and cannot run: {obstacles[name]}.")
+        return Choice(name, "it was asked for by name")
+    if similarities is not None and similarities <= _SMALL.get(tensor.device.type, 0):
+        return Choice("reference", "at this size the materialised form is fastest")
+    best = "triton" if tensor.device.type in _TRITON_DEVICES and _triton_is_installed() else "tiled"
+    for name in (best, "tiled"):
+        if name not in obstacles:
+            break
+    else:
+        name = "reference"
+    if name == best:
+        return Choice(name, f"it is the fastest for {tensor.device.type} tensors")
+    reason = obstacles[best]
+    _say_once(f"tileloss falls back from the {best!r} to the {name!r} backend: {reason}.")
+    return Choice(name, f"{best!r} was ruled out: {reason}")
+
+
+@torch.compiler.assume_constant_result
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        warnings.warn(message, FallbackWarning, stacklevel=2)
+
+
+def explain(
+    tensor: Tensor,  # (B, D)
+) -> str:
+    """What would run for a batch of embeddings like `tensor`, and why: a sentence or two, for people to read.
+
+    >>> print(explain(torch.randn(4096, 384)))
+    An in-batch loss over 4,096 rows of 384 (float32, cpu) runs on the 'tiled' backend: it is the fastest for cpu tensors.
+    """
+    rows, width = tensor.shape
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    subject = f"An in-batch loss over {rows:,} rows of {width:,} ({dtype}, {tensor.device})"
+    try:
+        choice = choose(tensor, rows * rows)
+    except BackendError as error:
+        return f"{subject} would raise BackendError. {error}"
+    obstacle = _triton_obstacle(tensor.device, tensor.dtype)
+    why_not = f" The 'triton' backend cannot serve it: {obstacle}." if obstacle and choice.backend != "triton" else ""
+    return f"{subject} runs on the {choice.backend!r} backend: {choice.reason}.{why_not}"

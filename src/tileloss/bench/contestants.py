@@ -1,0 +1,133 @@
+"""Who is measured: tileloss by backend, plain PyTorch, torch.compile of it, sentence-transformers, and the floor.
+
+A contestant turns a workload into a function of the embedding columns; from then on all of them are measured the same
+way. The floor is no contestant but a bound: the three matrix products that no exact method without shortcuts avoids
+(the similarities, and each side's gradient), as plain `torch.mm` into buffers that already exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import tileloss.losses
+from tileloss.backend import use_backend
+from tileloss.bench.workloads import Case, Workload
+
+Loss = Callable[[list[Tensor]], Tensor]
+
+FLOOR = "matmul floor"
+# one block of products stays below this many numbers, so that the floor can be timed where no matrix would fit
+_FLOOR_ELEMENTS = 2**30
+
+
+class Steps(NamedTuple):
+    """What is timed. `forward`: the loss alone, under no_grad. `forward_backward`: the loss and all gradients, from none."""
+
+    forward: Callable[[], None]
+    forward_backward: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A way to compute a workload.
+
+    Attributes:
+        name: what it is called on the command line and in the results.
+        build: gives the loss as a function of the columns; raises if it cannot, with a message that says why.
+        materialises: whether its memory grows with B * M (else with B + M), for the prediction of what fits.
+    """
+
+    name: str
+    build: Callable[[Workload], Loss]
+    materialises: bool
+
+    def steps(self, workload: Workload, embeddings: list[Tensor]) -> Steps:
+        """The two things to measure, over leaves whose gradients are dropped before each step."""
+        loss = self.build(workload)
+
+        def forward() -> None:
+            with torch.no_grad():
+                loss(embeddings)
+
+        def forward_backward() -> None:
+            for leaf in embeddings:
+                leaf.grad = None
+            loss(embeddings).backward()
+
+        return Steps(forward, forward_backward)
+
+
+def floor_steps(case: Case, embeddings: Sequence[Tensor]) -> Steps:
+    """One product of (B, D) with (D, M) forward; that and the two of the gradients forward and backward."""
+    queries, docs = embeddings[0].detach(), torch.cat([column.detach() for column in embeddings[1:]])
+    rows = max(1, min(case.batch, _FLOOR_ELEMENTS // case.docs))
+    products = queries.new_empty(rows, case.docs)
+    query_gradient, doc_gradient = torch.empty_like(queries), torch.empty_like(docs)
+
+    def forward() -> None:
+        for block in queries.split(rows):
+            torch.mm(block, docs.T, out=products[: len(block)])
+
+    def forward_backward() -> None:
+        for block, gradient in zip(queries.split(rows), query_gradient.split(rows), strict=True):
+            product = torch.mm(block, docs.T, out=products[: len(block)])
+            torch.mm(product, docs, out=gradient)
+            torch.mm(product.T, block, out=doc_gradient)
+
+    return Steps(forward, forward_backward)
+
+
+def _tileloss(workload: Workload) -> Loss:
+    loss = getattr(tileloss.losses, workload.loss)(nn.Identity(), **workload.options)
+    return lambda columns: loss.compute_loss_from_embeddings(columns)
+
+
+def _tileloss_on(backend: str) -> Callable[[Workload], Loss]:
+    def build(workload: Workload) -> Loss:
+        loss = _tileloss(workload)
+
+        def run(columns: list[Tensor]) -> Tensor:
+            with use_backend(backend):
+                return loss(columns)
+
+        return run
+
+    return build
+
+
+def _plain(workload: Workload) -> Loss:
+    if workload.plain is None:
+        raise NotImplementedError(f"no plain formula is written for the workload {workload.name!r}")
+    return workload.plain
+
+
+def _compiled(workload: Workload) -> Loss:
+    return torch.compile(_plain(workload))
+
+
+def _sentence_transformers(workload: Workload) -> Loss:
+    from sentence_transformers.sentence_transformer import losses
+
+    loss = getattr(losses, workload.loss)(nn.Identity(), **workload.options)
+    return lambda columns: loss.compute_loss_from_embeddings(columns, None)
+
+
+TILELOSS, REFERENCE, SENTENCE_TRANSFORMERS = "tileloss", "tileloss-reference", "sentence-transformers"
+
+CONTESTANTS = {
+    contestant.name: contestant
+    for contestant in (
+        Contestant(TILELOSS, _tileloss, materialises=False),
+        Contestant(REFERENCE, _tileloss_on("reference"), materialises=True),
+        Contestant("tileloss-tiled", _tileloss_on("tiled"), materialises=False),
+        Contestant("tileloss-triton", _tileloss_on("triton"), materialises=False),
+        Contestant("pytorch", _plain, materialises=True),
+        Contestant("torch.compile", _compiled, materialises=True),
+        Contestant(SENTENCE_TRANSFORMERS, _sentence_transformers, materialises=True),
+    )
+}

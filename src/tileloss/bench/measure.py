@@ -1,0 +1,180 @@
+"""How time and memory are measured.
+
+Time: in one process, everything in turns, so that a machine that slows down slows all alike; medians and quartiles over
+the turns, with the device's queue drained before each reading of the clock. A sample of a short step is many calls.
+
+Memory: one contestant to a process, so that nobody's caches count for another. The figure is the highest number of
+bytes that torch's allocator held during one forward and backward beyond what it held before (the inputs), gradients
+included: exact, by the profiler's record of every allocation on a CPU and by the caching allocator's own counter on
+an accelerator. On Linux the process's resident high-water mark goes with it as a check: it also sees what libraries
+allocate for themselves, and is coarse.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import multiprocessing
+import os
+import timeit
+from collections.abc import Callable, Hashable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch.autograd.profiler import profile
+from torch.utils.benchmark import timer as drained_clock
+
+from tileloss.bench.contestants import CONTESTANTS
+from tileloss.bench.workloads import WORKLOADS, Case
+
+Step = Callable[[], None]
+Name = TypeVar("Name", bound=Hashable)
+
+SHORTEST_SAMPLE = 0.05  # seconds
+
+
+class Memory(NamedTuple):
+    """One contestant's memory in one case, or why there is none.
+
+    Attributes:
+        peak: bytes that torch's allocator held at most during forward and backward, beyond the inputs.
+        resident: bytes by which the process's resident high-water mark rose; None where the system does not tell.
+        seconds: how long one warm forward and backward took, to plan by.
+        missing: why there is no figure; None if there is.
+    """
+
+    peak: int = 0
+    resident: int | None = None
+    seconds: float = 0.0
+    missing: str | None = None
+
+
+def describe(error: BaseException) -> str:
+    """An exception's type and first line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def time_in_turns(steps: Mapping[Name, Step], rounds: int) -> dict[Name, list[float]]:
+    """Seconds per call of each step, `rounds` samples each, taken in turns.
+
+    The steps must be warm: whatever happens once (compilation, tuning) has happened. The order shifts by one each turn,
+    so that nobody always follows the same neighbour.
+    """
+    timers = {name: timeit.Timer(step, timer=drained_clock) for name, step in steps.items()}
+    single = {name: timer.timeit(1) for name, timer in timers.items()}
+    calls = {name: max(1, math.ceil(SHORTEST_SAMPLE / seconds)) for name, seconds in single.items()}
+    samples = {name: [seconds] if calls[name] == 1 else [] for name, seconds in single.items()}
+    names = list(steps)
+    while any(len(taken) < rounds for taken in samples.values()):
+        for name in names:
+            if len(samples[name]) < rounds:
+                samples[name].append(timers[name].timeit(calls[name]) / calls[name])
+        names.append(names.pop(0))
+    return samples
+
+
+def available_memory(device: str) -> int | None:
+    """Free bytes on the device (for "cpu": in the machine), or None where the system does not tell."""
+    if device != "cpu":
+        return torch.accelerator.get_memory_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def cpu_peak(step: Step) -> int:
+    """The most bytes that torch's CPU allocator held during `step` beyond what it held before."""
+    with profile(profile_memory=True) as recorded:
+        step()
+    assert recorded.kineto_results is not None
+    events = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def accelerator_peak(step: Step) -> int:
+    """The most bytes that the accelerator's allocator held during `step` beyond what it held before."""
+    torch.accelerator.synchronize()
+    torch.accelerator.reset_peak_memory_stats()
+    before = torch.accelerator.memory_allocated()
+    step()
+    torch.accelerator.synchronize()
+    return torch.accelerator.max_memory_allocated() - before
+
+
+def resident_peak(step: Step) -> int | None:
+    """By how many bytes the process's resident set rose at most during `step`; None where the system does not tell."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # memory kept from earlier steps would hide what this one needs
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        return None
+    before = _status("VmRSS")
+    step()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+
+
+def memory_of(case: Case, contestant: str, threads: int) -> Memory:
+    """One contestant's memory in one case, measured in this process. Never raises: what goes wrong is in `missing`."""
+    torch.set_num_threads(threads)
+    try:
+        embeddings = case.embeddings()
+        step = CONTESTANTS[contestant].steps(WORKLOADS[case.workload], embeddings).forward_backward
+
+        def fresh(measure: Callable[[Step], int | None]) -> int | None:
+            for leaf in embeddings:
+                leaf.grad = None
+            return measure(step)
+
+        step()
+        seconds = timeit.Timer(step, timer=drained_clock).timeit(1)
+        if case.device == "cpu":
+            return Memory(fresh(cpu_peak) or 0, fresh(resident_peak), seconds)
+        return Memory(fresh(accelerator_peak) or 0, None, seconds)
+    except Exception as error:  # a contestant that cannot run is a result, and the others go on
+        return Memory(missing=describe(error))
+    finally:
+        if case.device != "cpu":
+            torch.accelerator.empty_cache()
+
+
+class MemoryProcess:
+    """A process of its own for one contestant's memory; a death in it (by the system, out of memory) is an answer too."""
+
+    def __init__(self, contestant: str, threads: int) -> None:
+        self.contestant, self.threads = contestant, threads
+        # the profiler's own notes would run through the progress bar
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+        self._pool = self._start()
+
+    def _start(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn"))
+
+    def measure(self, case: Case) -> Memory:
+        """The contestant's memory in the case, measured there."""
+        try:
+            return self._pool.submit(memory_of, case, self.contestant, self.threads).result()
+        except BrokenProcessPool:
+            self._pool.shutdown()
+            self._pool = self._start()
+            return Memory(missing="the process was killed, most likely for want of memory")
+
+    def __enter__(self) -> MemoryProcess:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._pool.shutdown(cancel_futures=True)

@@ -1,0 +1,125 @@
+"""What is measured: loss settings under a name, and the cases (a setting at one size) that a run is made of.
+
+tileloss and sentence-transformers give a loss the same class name and the same arguments, so one entry in `WORKLOADS`
+names the work for both. A new loss is one more entry; its `plain` formula is optional and shows what a short
+hand-written PyTorch version costs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SCALE = 20.0
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def _similarities(columns: Sequence[Tensor]) -> Tensor:
+    """Scaled cosine of every query with every document; columns are (B, D) each, the result is (B, (columns - 1) * B)."""
+    queries, docs = columns[0], torch.cat(list(columns[1:]))
+    return SCALE * F.normalize(queries, dim=-1) @ F.normalize(docs, dim=-1).T
+
+
+def _in_batch(columns: Sequence[Tensor]) -> Tensor:
+    logits = _similarities(columns)
+    return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
+
+
+def _both_ways(columns: Sequence[Tensor]) -> Tensor:
+    logits = _similarities(columns)
+    own = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One setting of one loss.
+
+    Attributes:
+        name: what it is called on the command line and in the results.
+        title: what a person reads above a figure.
+        loss: the class's name, in `tileloss.losses` as in sentence-transformers.
+        options: the constructor's keyword arguments besides the model.
+        columns: how many (B, D) embedding matrices the loss takes: queries, positives, then hard negatives.
+        plain: the same loss in a few lines of PyTorch, a function of the columns; None where nobody wrote one.
+    """
+
+    name: str
+    title: str
+    loss: str = "MultipleNegativesRankingLoss"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    columns: int = 2
+    plain: Callable[[Sequence[Tensor]], Tensor] | None = None
+
+
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        Workload("default", "in-batch negatives", plain=_in_batch),
+        Workload(
+            "hardness",
+            "in-batch negatives, hardness 9",
+            options={"hardness_mode": "in_batch_negatives", "hardness_strength": 9.0},
+        ),
+        Workload(
+            "four_directions",
+            "four directions, joint softmax",
+            options={
+                "directions": ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"),
+                "partition_mode": "joint",
+            },
+        ),
+        Workload(
+            "symmetric",
+            "both directions, each its softmax",
+            options={"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"},
+            plain=_both_ways,
+        ),
+        Workload("hard_negatives", "in-batch and four hard negatives", columns=6, plain=_in_batch),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A workload at one size: B rows per column (`batch`), D numbers per row (`width`), a dtype by name, a device."""
+
+    workload: str
+    batch: int
+    width: int
+    dtype: str = "float32"
+    device: str = "cpu"
+
+    @property
+    def docs(self) -> int:
+        """How many documents a query meets: M = (columns - 1) * B."""
+        return (WORKLOADS[self.workload].columns - 1) * self.batch
+
+    @property
+    def group(self) -> tuple[str, int, str, str]:
+        """What stays the same along one curve over the batch size."""
+        return self.workload, self.width, self.dtype, self.device
+
+    @property
+    def cost(self) -> int:
+        """A number that orders cases by how long they take: B * M * D * bytes per element."""
+        return self.batch * self.docs * self.width * DTYPES[self.dtype].itemsize
+
+    def embeddings(self) -> list[Tensor]:
+        """Random leaves that require gradients, (B, D) each, with rows of length about one; the same at every call."""
+        generator = torch.Generator(self.device).manual_seed(0)
+        return [
+            torch.randn(self.batch, self.width, dtype=DTYPES[self.dtype], device=self.device, generator=generator)
+            .div_(math.sqrt(self.width))
+            .requires_grad_()
+            for _ in range(WORKLOADS[self.workload].columns)
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.workload} B={self.batch} D={self.width} {self.dtype}"

@@ -1,0 +1,212 @@
+"""In-batch softmax cross-entropy (InfoNCE and its relatives) without the batch-by-batch matrix.
+
+The forward computes the loss and, when they will be wanted, the gradients of its inputs in one walk over row blocks; the
+backward only scales what is there. Nothing of size B x M is held, and there is nothing to recompute. The price is that a
+forward whose backward is never called has done the backward's work; under `torch.no_grad` it does none of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tileloss import backend, reference
+from tileloss.errors import DeviceError, DtypeError, InputError, ShapeError
+from tileloss.functional.contrastive_op import block_loss
+from tileloss.similarity import SimilarityFn, is_rowwise, up
+from tileloss.spec import ContrastiveSpec
+
+
+class ContrastiveStats(NamedTuple):
+    """What the loss saw on its way, each a detached 0-dim float32 tensor on the embeddings' device.
+
+    Attributes:
+        accuracy: share of queries whose positive is more similar than every one of their negatives.
+        positive_similarity: mean similarity of query and positive.
+        hardest_negative_similarity: mean over queries of the most similar negative document; -inf without negatives.
+    """
+
+    accuracy: Tensor
+    positive_similarity: Tensor
+    hardest_negative_similarity: Tensor
+
+
+@backend.accepts_backend
+def contrastive_loss(
+    queries: Tensor,  # (B, D)
+    docs: Tensor,  # (M, D)
+    *,
+    scale: float | Tensor = 20.0,
+    similarity: str | SimilarityFn = "cosine",
+    directions: Sequence[str] = ("query_to_doc",),
+    partition: str = "joint",
+    hardness: tuple[str | None, float] | None = None,
+    exclude: Tensor | None = None,
+) -> Tensor:
+    """Mean over queries of log-sum-exp(candidates) minus the positive's logit: cross-entropy with in-batch negatives.
+
+    The row of query i holds, by direction, the scaled similarities of: query i to all documents (query_to_doc), query i
+    to the other queries (query_to_query), positive i to all queries (doc_to_query), positive i to all documents of other
+    queries (doc_to_doc).
+
+    Args:
+        queries: (B, D) floating point, B >= 1, any strides.
+        docs: (M, D), M >= B. Row i < B is the positive of query i. Further rows are further negatives; when M is a
+            multiple of B they are columns of hard negatives, row c * B + i belonging to query i.
+        scale: what similarities are multiplied by (1 / temperature); a positive number, or a 0-dim tensor, which gets
+            its gradient.
+        similarity: "cosine", "dot", "euclidean" or "manhattan" (negative distances), sentence-transformers' function of
+            that name, or any callable (N, D), (M, D) -> (N, M). A callable runs materialised unless `tileloss.rowwise`
+            declares it.
+        directions: a subset of the four above, with "query_to_doc" in it.
+        partition: "joint", one softmax over the whole row, or "per_direction", one over each direction, averaged.
+        hardness: (mode, strength): adds strength * stop_gradient(similarity) to the query_to_doc logits of
+            "in_batch_negatives", "hard_negatives" or "all_negatives".
+        exclude: integer ids, (B,) or (M,): texts of rows whose ids match are no negatives of each other; or a boolean
+            (B, M) mask, true where document j is no negative of query i (it acts on query_to_doc and doc_to_query).
+            A query's own positive is never excluded, nor are its own hard negatives by ids.
+        backend: "reference", "tiled", "triton" or "auto", for this call alone; see `tileloss.backend`.
+
+    Returns:
+        A 0-dim tensor: float64 for float64 inputs, else float32. Differentiable in queries, docs and scale. A second
+        derivative goes through the materialised definition: exact, in O(B M) memory.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, InputError: for inputs that do not fit, before any work.
+        BackendError: for a backend that was asked for by name and cannot run.
+
+    Cost:
+        Three GEMMs of B x M x D for query_to_doc forward and backward together, four with doc_to_query. Memory beside
+        inputs and gradients: a copy of the inputs and blocks of 16 MB on a CPU, 256 MB on a GPU.
+
+    Source:
+        van den Oord et al. 2018 (arXiv 1807.03748); directions: Li et al. 2023 (2308.03281); hardness: Lan et al. 2025
+        (2503.04812).
+
+    >>> queries, docs = torch.randn(64, 32, requires_grad=True), torch.randn(64, 32)
+    >>> loss = contrastive_loss(queries, docs, directions=("query_to_doc", "doc_to_query"), partition="per_direction")
+    >>> loss.backward()
+    """
+    return _contrastive(queries, docs, scale, similarity, directions, partition, hardness, exclude)[0]
+
+
+@backend.accepts_backend
+def contrastive_loss_with_stats(
+    queries: Tensor,  # (B, D)
+    docs: Tensor,  # (M, D)
+    *,
+    scale: float | Tensor = 20.0,
+    similarity: str | SimilarityFn = "cosine",
+    directions: Sequence[str] = ("query_to_doc",),
+    partition: str = "joint",
+    hardness: tuple[str | None, float] | None = None,
+    exclude: Tensor | None = None,
+) -> tuple[Tensor, ContrastiveStats]:
+    """As `contrastive_loss`, with the statistics of the same pass beside the loss; they cost no further GEMM."""
+    return _contrastive(queries, docs, scale, similarity, directions, partition, hardness, exclude)
+
+
+def _contrastive(
+    queries: Tensor,
+    docs: Tensor,
+    scale: float | Tensor,
+    similarity: str | SimilarityFn,
+    directions: Sequence[str],
+    partition: str,
+    hardness: tuple[str | None, float] | None,
+    exclude: Tensor | None,
+) -> tuple[Tensor, ContrastiveStats]:
+    directions = directions if isinstance(directions, str) else tuple(directions)
+    spec = ContrastiveSpec(similarity, directions, partition, *(hardness or ()))  # type: ignore[arg-type]
+    check_scale(scale)
+    _check_embeddings(queries, docs, spec)
+    doc_ids, mask = _exclusions(exclude, len(queries), docs)
+    choice = backend.choose(_narrowest(queries, docs), len(queries) * len(docs), _obstacles(spec, queries))
+    if choice.backend == "reference":
+        with torch.autocast(queries.device.type, enabled=False):
+            loss, stats = reference.contrastive_loss(queries, docs, scale, spec, doc_ids, mask)
+    else:
+        loss, stats = block_loss(queries, docs, scale, spec, doc_ids, mask, choice.backend)
+    return loss, ContrastiveStats(*stats.unbind())
+
+
+def check_scale(scale: float | Tensor) -> None:
+    """Refuse a scale that is no positive number; a tensor's value is not read, lest a GPU be waited for."""
+    if isinstance(scale, Tensor):
+        if scale.numel() != 1:
+            raise ShapeError(f"scale must be a number or a tensor with one element, got shape {tuple(scale.shape)}.")
+        if not scale.is_floating_point():
+            raise DtypeError(f"scale must be a floating-point tensor, got {scale.dtype}.")
+        return
+    if not scale > 0 or math.isinf(scale):
+        raise InputError(f"Scale must be a positive value. Got {scale!r}; 20.0 suits cosine, 1.0 dot products.")
+
+
+def _check_embeddings(queries: Tensor, docs: Tensor, spec: ContrastiveSpec) -> None:
+    for name, x in (("queries", queries), ("docs", docs)):
+        if not isinstance(x, Tensor):
+            raise InputError(f"{name} must be a tensor, got {type(x).__name__}.")
+        if x.ndim != 2:
+            raise ShapeError(f"{name} must be a matrix of embeddings (rows, dimension), got shape {tuple(x.shape)}.")
+        if not x.is_floating_point():
+            raise DtypeError(f"{name} must hold floating-point numbers, got {x.dtype}.")
+    if queries.device != docs.device:
+        raise DeviceError(f"queries are on {queries.device} and docs on {docs.device}; move both to one device.")
+    if queries.shape[1] != docs.shape[1]:
+        raise ShapeError(f"queries have width {queries.shape[1]} and docs {docs.shape[1]}; embed both by one model.")
+    if up(queries[:0]).dtype != up(docs[:0]).dtype:
+        raise DtypeError(f"queries are {queries.dtype} and docs {docs.dtype}; convert one to the other's dtype.")
+    size, count = len(queries), len(docs)
+    if count < size:
+        raise ShapeError(f"There are {size} queries and only {count} docs: each query needs its positive, docs[i] for queries[i].")
+    if size and count % size and ("doc_to_doc" in spec.directions or spec.weighs_hardness):
+        raise ShapeError(
+            f"doc_to_doc and hardness must know whose negatives the docs are: their number ({count}) must be a "
+            f"multiple of the number of queries ({size})."
+        )
+
+
+def _exclusions(exclude: Tensor | None, size: int, docs: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Ids of all documents (M,), or a boolean mask (B, M), from what the caller gave."""
+    if exclude is None:
+        return None, None
+    count = len(docs)
+    if exclude.device != docs.device:
+        raise DeviceError(f"exclude is on {exclude.device} and the embeddings on {docs.device}; move it there.")
+    if exclude.dtype == torch.bool:
+        if exclude.shape != (size, count):
+            raise ShapeError(f"A boolean exclude must have shape ({size}, {count}), got {tuple(exclude.shape)}.")
+        return None, exclude
+    if exclude.is_floating_point() or exclude.is_complex():
+        raise DtypeError(f"exclude must hold integer ids or booleans, got {exclude.dtype}.")
+    if exclude.shape == (count,):
+        return exclude, None
+    if exclude.shape == (size,) and size and count % size == 0:
+        return exclude.repeat(count // size), None
+    raise ShapeError(
+        f"Integer exclude must have one id for each of the {size} queries, or for each of the {count} docs "
+        f"(the only way when their number is no multiple of {size}), got shape {tuple(exclude.shape)}."
+    )
+
+
+def _narrowest(queries: Tensor, docs: Tensor) -> Tensor:
+    """The input whose dtype the computation takes: mixed float32 and narrower inputs are computed in float32."""
+    return queries if queries.element_size() >= docs.element_size() else docs
+
+
+def _obstacles(spec: ContrastiveSpec, queries: Tensor) -> dict[str, str]:
+    """Why a backend cannot serve this call."""
+    if len(queries) == 0:
+        return dict.fromkeys(("tiled", "triton"), "an empty batch has no blocks")
+    if not is_rowwise(spec.similarity):
+        reason = f"the similarity {spec.similarity!r} is none of the four known ones nor declared by tileloss.rowwise"
+        return dict.fromkeys(("tiled", "triton"), reason)
+    if not isinstance(spec.similarity, str):
+        return {"triton": f"the similarity {spec.similarity!r} is a Python function, computed in row blocks by autograd"}
+    return {}
+
+

@@ -1,0 +1,143 @@
+"""The contrastive loss as a registered operator: `torch.ops.tileloss.contrastive`, opaque to `torch.compile`.
+
+Forward returns loss, statistics and the gradients that were asked for; backward scales them. When the backward is itself
+to be differentiated (`create_graph=True`), it runs through the materialised definition instead, whose graph autograd can
+follow. A similarity that is a Python function cannot be an operator's argument: it takes the same road as an
+`autograd.Function`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tileloss import reference, tiled
+from tileloss.spec import ContrastiveSpec
+from tileloss.tiled import Needs
+
+
+def block_loss(
+    queries: Tensor,  # (B, D)
+    docs: Tensor,  # (M, D)
+    scale: float | Tensor,
+    spec: ContrastiveSpec,
+    doc_ids: Tensor | None,  # (M,)
+    mask: Tensor | None,  # (B, M)
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Loss (0-dim) and statistics (3,) by the block algorithms of a backend, as a node of the autograd graph."""
+    number, tensor = (0.0, scale.reshape(())) if isinstance(scale, Tensor) else (float(scale), None)
+    recording = torch.is_grad_enabled()
+    needs = [recording and x is not None and x.requires_grad for x in (queries, docs, tensor)]
+    if not isinstance(spec.similarity, str):
+        return _CallableLoss.apply(queries, docs, tensor, number, spec, doc_ids, mask, needs)
+    loss, stats, *_ = _contrastive(
+        queries, docs, tensor, doc_ids, mask, number, spec.similarity, "+".join(spec.directions), spec.partition,
+        spec.hardness or "", spec.hardness_strength, needs, backend,
+    )  # fmt: skip
+    return loss, stats
+
+
+@torch.library.custom_op("tileloss::contrastive", mutates_args=())
+def _contrastive(
+    queries: Tensor,
+    docs: Tensor,
+    scale_tensor: Tensor | None,
+    doc_ids: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    similarity: str,
+    directions: str,
+    partition: str,
+    hardness: str,
+    hardness_strength: float,
+    needs: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    spec = _spec(similarity, directions, partition, hardness, hardness_strength)
+    scale_ = scale if scale_tensor is None else scale_tensor
+    passes = tiled.Passes
+    if backend == "triton":
+        from tileloss.kernels import TritonPasses as passes
+    result = tiled.contrastive_loss(queries, docs, scale_, spec, doc_ids, mask, Needs(*needs), passes)
+    d_scale = result.d_scale if scale_tensor is None or result.d_scale is None else result.d_scale.to(scale_tensor.dtype)
+    gradients = (result.d_queries, result.d_docs, d_scale)
+    return (result.loss, result.stats, *(queries.new_empty(0) if g is None else g for g in gradients))
+
+
+@_contrastive.register_fake
+def _(
+    queries, docs, scale_tensor, doc_ids, mask, scale, similarity, directions, partition, hardness, hardness_strength,
+    needs, backend,
+):  # fmt: skip  # type: ignore[no-untyped-def]
+    sums = torch.float64 if torch.float64 in (queries.dtype, docs.dtype) else torch.float32
+    loss, stats = queries.new_empty((), dtype=sums), queries.new_empty(3, dtype=torch.float32)
+    wanted = zip((queries, docs, scale_tensor), needs, strict=True)
+    return (loss, stats, *(torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else queries.new_empty(0) for x, need in wanted))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    queries, docs, scale_tensor, doc_ids, mask, ctx.scale, *ctx.names, ctx.needs, _ = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(queries, docs, scale_tensor, doc_ids, mask, *output[2:])
+
+
+def _backward(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Any, ...]:
+    queries, docs, scale_tensor, doc_ids, mask, *gradients = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        scale = ctx.scale if scale_tensor is None else scale_tensor
+        again = _through_definition(d_loss, (queries, docs, scale), _spec(*ctx.names), doc_ids, mask, ctx.needs)
+        return (*again, *[None] * 10)
+    return (*_scaled(d_loss, gradients, ctx.needs), *[None] * 10)
+
+
+_contrastive.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _CallableLoss(torch.autograd.Function):
+    """The same node for a similarity that is a row-wise Python function; always on the tiled backend."""
+
+    @staticmethod
+    def forward(ctx: Any, queries, docs, scale_tensor, scale, spec, doc_ids, mask, needs):  # type: ignore[no-untyped-def]
+        ctx.scale, ctx.spec, ctx.needs = scale, spec, needs
+        scale = scale if scale_tensor is None else scale_tensor
+        loss, stats, *gradients = tiled.contrastive_loss(queries, docs, scale, spec, doc_ids, mask, Needs(*needs))
+        ctx.save_for_backward(queries, docs, scale_tensor, doc_ids, mask, *gradients)
+        ctx.mark_non_differentiable(stats)
+        return loss, stats
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor, _: Any) -> tuple[Any, ...]:
+        queries, docs, scale_tensor, doc_ids, mask, *gradients = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            scale = ctx.scale if scale_tensor is None else scale_tensor
+            again = _through_definition(d_loss, (queries, docs, scale), ctx.spec, doc_ids, mask, ctx.needs)
+            return (*again, *[None] * 5)
+        return (*_scaled(d_loss, gradients, ctx.needs), *[None] * 5)
+
+
+def _scaled(d_loss: Tensor, gradients: list[Tensor], needs: list[bool]) -> list[Tensor | None]:
+    """Out of place, so that a second backward over a retained graph gives the same numbers."""
+    return [g * d_loss.to(g.dtype) if need else None for g, need in zip(gradients, needs, strict=True)]
+
+
+def _through_definition(
+    d_loss: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor | float],
+    spec: ContrastiveSpec,
+    doc_ids: Tensor | None,
+    mask: Tensor | None,
+    needs: list[bool],
+) -> list[Tensor | None]:
+    """The gradients as a differentiable function of the inputs, by the materialised definition."""
+    with torch.autocast(d_loss.device.type, enabled=False):
+        loss, _ = reference.contrastive_loss(*inputs, spec, doc_ids, mask)
+        wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(loss, wanted, d_loss, create_graph=True))
+    return [next(found) if need else None for need in needs]
+
+
+def _spec(similarity: str, directions: str, partition: str, hardness: str, strength: float) -> ContrastiveSpec:
+    return ContrastiveSpec(similarity, tuple(directions.split("+")), partition, hardness or None, strength)

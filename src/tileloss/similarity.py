@@ -1,0 +1,157 @@
+"""The similarities that tileloss knows, under sentence-transformers' names, and how others are recognised.
+
+Four similarities have block algorithms: cosine, dot, negative Euclidean and negative Manhattan distance. A loss may be
+given any of them by name ("cosine"), as the functions of this module, or as sentence-transformers' functions of the same
+name; the latter are recognised by `__name__` and `__module__`, so that sentence-transformers is never imported. Every
+other callable is materialised, unless it declares with `rowwise` that it can be computed in row blocks.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SimilarityFn = Callable[[Tensor, Tensor], Tensor]
+_Fn = TypeVar("_Fn", bound=Callable[..., Tensor])
+
+
+def up(x: Tensor) -> Tensor:
+    """Raise floats narrower than 32 bits to float32; leave every other dtype as it is."""
+    return x.float() if x.is_floating_point() and x.element_size() < 4 else x
+
+
+def _rows(x: Any) -> Tensor:
+    """A (N, D) tensor of at least float32 from a tensor, array or list; a vector counts as one row."""
+    x = up(torch.as_tensor(x))
+    return x.unsqueeze(0) if x.ndim == 1 else x
+
+
+def cos_sim(
+    a: Tensor,  # (N, D)
+    b: Tensor,  # (M, D)
+) -> Tensor:  # (N, M)
+    """Cosine similarity of every row of `a` with every row of `b`.
+
+    Norms are clamped at 1e-12 inside the graph, as `torch.nn.functional.normalize` does. Inputs narrower than float32
+    are computed and returned in float32. Time O(N M D); memory (N, M) for the result and copies of both inputs.
+
+    >>> cos_sim(torch.eye(2), torch.ones(1, 2)).shape
+    torch.Size([2, 1])
+    """
+    return F.normalize(_rows(a), dim=1) @ F.normalize(_rows(b), dim=1).T
+
+
+def dot_score(
+    a: Tensor,  # (N, D)
+    b: Tensor,  # (M, D)
+) -> Tensor:  # (N, M)
+    """Dot product of every row of `a` with every row of `b`, in float32 or the wider input dtype. Time O(N M D)."""
+    return _rows(a) @ _rows(b).T
+
+
+def euclidean_sim(
+    a: Tensor,  # (N, D)
+    b: Tensor,  # (M, D)
+) -> Tensor:  # (N, M)
+    """Negative Euclidean distance of every row of `a` to every row of `b`; the gradient at distance zero is zero."""
+    return -torch.cdist(_rows(a), _rows(b), p=2.0)
+
+
+def manhattan_sim(
+    a: Tensor,  # (N, D)
+    b: Tensor,  # (M, D)
+) -> Tensor:  # (N, M)
+    """Negative Manhattan (L1) distance of every row of `a` to every row of `b`. Time O(N M D)."""
+    return -torch.cdist(_rows(a), _rows(b), p=1.0)
+
+
+SIMILARITIES: dict[str, SimilarityFn] = {
+    "cosine": cos_sim,
+    "dot": dot_score,
+    "euclidean": euclidean_sim,
+    "manhattan": manhattan_sim,
+}
+_STOCK_FUNCTIONS = {"pytorch_cos_sim": "cosine"} | {fn.__name__: name for name, fn in SIMILARITIES.items()}
+_STOCK_PACKAGES = ("tileloss", "sentence_transformers")
+
+
+def recognise(similarity: str | SimilarityFn) -> str | SimilarityFn:
+    """The name of a similarity that has a block algorithm, or the callable itself when it has none.
+
+    Takes "cosine", "dot", "euclidean" or "manhattan", one of the functions above or its sentence-transformers namesake,
+    a member of sentence-transformers' `SimilarityFunction`, or the bound `model.similarity` of a SentenceTransformer.
+
+    Raises:
+        InputError: for a name that is none of the four, or an object that is neither a name nor callable.
+    """
+    from tileloss.errors import InputError
+
+    name = getattr(similarity, "value", similarity)  # an enum member carries the name as its value
+    if isinstance(name, str):
+        if name not in SIMILARITIES:
+            raise InputError(f"similarity must be one of {list(SIMILARITIES)} or a callable, got {name!r}.")
+        return name
+    if not callable(similarity):
+        raise InputError(f"similarity must be one of {list(SIMILARITIES)} or a callable, got {similarity!r}.")
+    bound_name = _bound_model_similarity(similarity)
+    if bound_name in SIMILARITIES:
+        return bound_name
+    package = (getattr(similarity, "__module__", None) or "").partition(".")[0]
+    return _STOCK_FUNCTIONS.get(getattr(similarity, "__name__", ""), similarity) if package in _STOCK_PACKAGES else similarity
+
+
+def _bound_model_similarity(similarity: Any) -> str:
+    """The `similarity_fn_name` of the model whose `similarity` this is, or an empty string."""
+    if getattr(similarity, "__name__", "") != "similarity":
+        return ""
+    name = getattr(getattr(similarity, "__self__", None), "similarity_fn_name", "")
+    return str(getattr(name, "value", name))
+
+
+def similarity_fct_name(similarity: str | SimilarityFn) -> str:
+    """How a loss' configuration names a similarity: sentence-transformers' own wording.
+
+    A partial shows its keywords, `model.similarity` the function that it resolves to, an object with `get_config_dict`
+    its settings; anything else its `__name__` or class name.
+    """
+    if isinstance(similarity, functools.partial):
+        inner = getattr(similarity.func, "__name__", type(similarity.func).__name__)
+        return _with_settings(inner, similarity.keywords)
+    known = similarity if isinstance(similarity, str) else _bound_model_similarity(similarity)
+    if known in SIMILARITIES:
+        return SIMILARITIES[known].__name__
+    name = getattr(similarity, "__name__", type(similarity).__name__)
+    config = getattr(similarity, "get_config_dict", None)
+    return f"{name}({_settings(config())})" if config is not None else name
+
+
+def _settings(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in settings.items())
+
+
+def _with_settings(name: str, settings: dict[str, Any]) -> str:
+    return f"{name}({_settings(settings)})" if settings else name
+
+
+def rowwise(similarity: _Fn) -> _Fn:
+    """Declare that entry (i, j) of `similarity(a, b)` depends on row i of `a` and row j of `b` alone.
+
+    A similarity so declared is computed in row blocks with autograd inside each block, in bounded memory; without the
+    declaration a callable is given all rows at once, which is always right.
+
+    >>> @rowwise
+    ... def angular(a, b):
+    ...     return 1 - cos_sim(a, b).clamp(-1, 1).acos()
+    """
+    similarity.is_rowwise = True  # type: ignore[attr-defined]
+    return similarity
+
+
+def is_rowwise(similarity: str | SimilarityFn) -> bool:
+    """Whether a similarity may be computed in row blocks."""
+    return isinstance(similarity, str) or getattr(similarity, "is_rowwise", False)

@@ -1,0 +1,226 @@
+"""The in-batch softmax loss over row blocks: bounded memory, gradients ready when the forward returns.
+
+Each direction is a matrix of similarities between two sets of rows; blocks of its rows are computed, turned into the
+gradient of their logits in place, and multiplied back into the gradients of both sides. Two walks:
+
+* rows: every direction's normaliser is at hand in its own block of rows, so each matrix costs three GEMMs in all;
+* statistics first: with doc_to_query, a row's normaliser needs a whole column, so a first walk collects log-sum-exps of
+  rows and columns and a second recomputes the blocks into gradients. query_to_doc and doc_to_query share their blocks
+  (four GEMMs instead of six), and the symmetric matrices are walked over their upper triangle (two instead of three).
+
+The walks are the same on every device. What happens to a block between its GEMMs is the business of a `Passes` object,
+in PyTorch (`tiled/passes.py`) or in Triton (`tileloss.kernels.contrastive`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tileloss.spec import ContrastiveSpec
+from tileloss.tiled.passes import NEG_INF, Passes, Problem, Tile
+from tileloss.tiled.similarity import RowwiseCallable, block_similarity
+
+# bytes of one block of similarities, measured on a CPU with 32 MB of third-level cache and set by arithmetic on GPUs;
+# a narrower block drowns in the traffic of the right-hand gradient, which every block reads and writes whole
+_BLOCK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
+_MIN_ROWS = 64
+
+
+class Needs(NamedTuple):
+    """Which gradients the caller wants; what nobody wants costs nothing."""
+
+    queries: bool
+    docs: bool
+    scale: bool
+
+
+class Result(NamedTuple):
+    """The loss (0-dim), statistics (3,) in float32, and the gradients that were asked for (None where not)."""
+
+    loss: Tensor
+    stats: Tensor
+    d_queries: Tensor | None
+    d_docs: Tensor | None
+    d_scale: Tensor | None
+
+
+@dataclass
+class Matrix:
+    """One direction's similarities: its prepared rows on the left and right, and where their gradients add up."""
+
+    direction: str
+    left: Tensor  # (B, D)
+    right: Tensor  # (C, D)
+    d_left: Tensor | None  # (B, D)
+    d_right: Tensor | None  # (C, D)
+
+
+def contrastive_loss(
+    queries: Tensor,  # (B, D)
+    docs: Tensor,  # (M, D): row i < B is the positive of query i
+    scale: float | Tensor,
+    spec: ContrastiveSpec,
+    doc_ids: Tensor | None,  # (M,)
+    mask: Tensor | None,  # (B, M) boolean
+    needs: Needs,
+    passes_class: type[Passes] = Passes,
+) -> Result:
+    """The loss, its statistics and its gradients, as `tileloss.reference.contrastive` defines them.
+
+    Memory beside the inputs: the prepared rows, a gradient for each side that needs one, and one or two blocks of
+    similarities of bounded size. Time: three GEMMs of B x M x D, or four with doc_to_query.
+    """
+    passes = passes_class(Problem(len(queries), len(docs), scale, spec, doc_ids, mask), queries, docs)
+    with torch.autocast(queries.device.type, enabled=False):
+        return _Walk(queries, docs, passes, needs).run()
+
+
+class _Walk:
+    """One call: the prepared rows, the gradients under way, and the two walks over the blocks."""
+
+    def __init__(self, queries: Tensor, docs: Tensor, passes: Passes, needs: Needs) -> None:
+        self.passes, self.problem, self.needs = passes, passes.problem, needs
+        self.queries, self.docs = queries, docs
+        self.similarity = block_similarity(self.problem.spec.similarity)
+        self.left, self.left_saved = self.similarity.prepare(queries, passes.operand_dtype)
+        self.right, self.right_saved = self.similarity.prepare(docs, passes.operand_dtype)
+        self.gradients = any(needs)
+        self.d_left = self._zeros(queries) if needs.queries or needs.scale else None
+        self.d_right = self._zeros(docs) if needs.docs or needs.scale else None
+        self.triangular = self.similarity.symmetric and "doc_to_query" in self.problem.spec.directions
+
+    def _zeros(self, like: Tensor) -> Tensor:
+        return torch.zeros(like.shape, dtype=self.passes.dtype, device=like.device)
+
+    def run(self) -> Result:
+        spec, passes = self.problem.spec, self.passes
+        if "doc_to_query" in spec.directions:
+            normaliser = self._statistics_first()
+        else:
+            normaliser = self._rows()
+        loss = (normaliser - passes.positive * self.problem.scale).mean()
+        top1 = (passes.positive > passes.hardest).to(passes.dtype)
+        stats = torch.stack([top1.mean(), passes.positive.mean(), passes.hardest.mean()]).float()
+        return Result(loss, stats, *self._finished())
+
+    def _rows(self) -> Tensor:  # (B,)
+        """Blocks of rows of all directions at once: softmax, gradient of the logits, gradients of both sides."""
+        matrices = self._matrices()
+        columns = [len(matrix.right) for matrix in matrices]
+        rows = self._rows_per_block(sum(columns))
+        buffer = self._buffer(rows * sum(columns))
+        normaliser = torch.empty_like(self.passes.positive)
+        for start in range(0, self.problem.size, rows):
+            stop = min(start + rows, self.problem.size)
+            tiles = [Tile(m.direction, start, stop, 0, len(m.right)) for m in matrices]
+            block = buffer[: (stop - start) * sum(columns)].view(stop - start, -1)
+            blocks = block.split(columns, dim=1)
+            saved = [self._fill(m, t, b) for m, t, b in zip(matrices, tiles, blocks, strict=True)]
+            normaliser[start:stop], grads = self.passes.softmax_gradient(tiles, blocks, self.gradients)
+            if self.gradients:
+                for matrix, tile, grad, kept in zip(matrices, tiles, grads, saved, strict=True):
+                    self._pull(matrix, tile, grad, kept)
+        return normaliser
+
+    def _statistics_first(self) -> Tensor:  # (B,)
+        """Log-sum-exps of all rows and twin columns, then the same blocks again as gradients."""
+        size, spec = self.problem.size, self.problem.spec
+        like = self.passes.positive
+        normalisers = torch.full((spec.partitions, size), NEG_INF, dtype=like.dtype, device=like.device)
+        by_row, by_twin = normalisers[0], normalisers[-1]
+        for matrix in self._matrices():
+            for tile, rows, twins in self._normalisers(matrix):
+                by_row[tile.rows] = torch.logaddexp(by_row[tile.rows], rows)
+                if twins is not None:
+                    by_twin[tile.twin_rows] = torch.logaddexp(by_twin[tile.twin_rows], twins)
+        if self.gradients:
+            for matrix in self._matrices():
+                for tile, block in self._blocks(matrix):
+                    kept = self._fill(matrix, tile, block)
+                    self._pull(matrix, tile, self.passes.gradient(tile, block, by_row, by_twin), kept)
+        return normalisers.mean(dim=0)
+
+    def _normalisers(self, matrix: Matrix) -> Iterator[tuple[Tile, Tensor, Tensor | None]]:
+        for tile, block in self._blocks(matrix):
+            self._fill(matrix, tile, block)
+            yield tile, *self.passes.normalisers(tile, block)
+
+    def _matrices(self) -> list[Matrix]:
+        """The matrices of the objective; doc_to_query has none of its own, being the transpose of query_to_doc."""
+        size, directions = self.problem.size, self.problem.spec.directions
+        d_positives = self.d_right[:size] if self.d_right is not None else None
+        matrices = [Matrix("query_to_doc", self.left, self.right, self.d_left, self.d_right)]
+        if "query_to_query" in directions:
+            matrices.append(Matrix("query_to_query", self.left, self.left, self.d_left, self.d_left))
+        if "doc_to_doc" in directions:
+            matrices.append(Matrix("doc_to_doc", self.right[:size], self.right, d_positives, self.d_right))
+        return matrices
+
+    def _blocks(self, matrix: Matrix) -> Iterator[tuple[Tile, Tensor]]:
+        """The tiles of one matrix from top to bottom, each with room for its similarities."""
+        size, columns = self.problem.size, len(matrix.right)
+        # twins are held beside the block while both are exponentiated, so a block gets half of the room
+        rows = self._rows_per_block(2 * columns)
+        buffer = self._buffer(rows * columns)
+        for start in range(0, size, rows):
+            stop = min(start + rows, size)
+            if matrix.direction == "query_to_doc":
+                tile = Tile(matrix.direction, start, stop, 0, columns, twins=(0, size))
+            elif self.triangular:
+                tile = Tile(matrix.direction, start, stop, start, columns, twins=(stop, size))
+            else:
+                tile = Tile(matrix.direction, start, stop, 0, columns)
+            yield tile, buffer[: (stop - start) * (columns - tile.first)].view(stop - start, -1)
+
+    def _fill(self, matrix: Matrix, tile: Tile, block: Tensor) -> object:
+        left, right = matrix.left[tile.rows], matrix.right[tile.first : tile.last]
+        if matrix.direction == "doc_to_doc" and not self.similarity.symmetric:
+            assert isinstance(self.similarity, RowwiseCallable)
+            return self.similarity.fill_transposed(block, left, right)
+        return self.similarity.fill(block, left, right)
+
+    def _pull(self, matrix: Matrix, tile: Tile, grad: Tensor, kept: object) -> None:
+        columns = slice(tile.first, tile.last)
+        d_left = matrix.d_left[tile.rows] if matrix.d_left is not None else None
+        d_right = matrix.d_right[columns] if matrix.d_right is not None else None
+        self.similarity.pull(grad, matrix.left[tile.rows], matrix.right[columns], kept, d_left, d_right)
+
+    def _rows_per_block(self, columns: int) -> int:
+        room = _BLOCK_BYTES.get(self.queries.device.type, _BLOCK_BYTES["cuda"])
+        rows = room // (columns * self.passes.dtype.itemsize) // _MIN_ROWS * _MIN_ROWS
+        return min(max(rows, _MIN_ROWS), self.problem.size)
+
+    def _buffer(self, entries: int) -> Tensor:
+        return torch.empty(entries, dtype=self.passes.dtype, device=self.queries.device)
+
+    def _finished(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of the rows as given and of the scale, from those of the prepared rows."""
+        share = 1.0 / (self.problem.size * self.problem.spec.partitions)
+        d_scale = self._d_scale() * share if self.needs.scale else None
+        factor = self.problem.scale * share
+        d_queries = d_docs = None
+        if self.needs.queries:
+            assert self.d_left is not None
+            d_queries = self.similarity.finish(self.d_left, self.left, self.left_saved, factor).to(self.queries.dtype)
+        if self.needs.docs:
+            assert self.d_right is not None
+            d_docs = self.similarity.finish(self.d_right, self.right, self.right_saved, factor).to(self.docs.dtype)
+        return d_queries, d_docs, d_scale
+
+    def _d_scale(self) -> Tensor:
+        """The sum over all logits of gradient times similarity."""
+        if isinstance(self.similarity, RowwiseCallable):
+            return torch.as_tensor(self.similarity.scale_gradient)
+        assert self.d_left is not None
+        assert self.d_right is not None
+        return sum_of_products(self.d_left, self.left).add(sum_of_products(self.d_right, self.right)) / self.similarity.degree
+
+
+def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of all entries of `a * b`, without the product's memory."""
+    return torch.dot(a.flatten(), b.to(a.dtype).flatten())

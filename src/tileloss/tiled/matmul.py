@@ -1,0 +1,39 @@
+"""GEMMs whose result is wider than their operands: bfloat16 or float16 in, float32 sums out.
+
+With operands of the result's dtype these are plain `torch.mm` and `addmm_`, under whatever precision
+`torch.get_float32_matmul_precision` asks for. Narrow operands go to the tensor cores with float32 results; on a device
+whose GEMM cannot do that they are raised first.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_WIDE_RESULT_DEVICES = ("cuda",)
+
+
+def multiply(
+    a: Tensor,  # (N, K)
+    b: Tensor,  # (K, M)
+    out: Tensor,  # (N, M)
+) -> Tensor:
+    """`out = a @ b`, summed and stored in the dtype of `out`."""
+    if a.dtype == b.dtype == out.dtype:
+        return torch.mm(a, b, out=out)
+    if a.device.type in _WIDE_RESULT_DEVICES and a.dtype == b.dtype:
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
+    return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+
+def accumulate(
+    total: Tensor,  # (N, M)
+    a: Tensor,  # (N, K)
+    b: Tensor,  # (K, M)
+) -> Tensor:
+    """`total += a @ b`, summed in the dtype of `total`."""
+    if a.dtype == b.dtype == total.dtype:
+        return total.addmm_(a, b)
+    if a.device.type in _WIDE_RESULT_DEVICES and a.dtype == b.dtype:
+        return torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    return total.addmm_(a.to(total.dtype), b.to(total.dtype))

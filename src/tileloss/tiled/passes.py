@@ -1,0 +1,183 @@
+"""What happens to a block of similarities between its GEMMs: masks, log-sum-exps, and the gradient of the logits.
+
+A block is R rows of one matrix of similarities. `Passes` is the in-place PyTorch form of the three passes that the
+driver in `contrastive.py` needs; `tileloss.kernels.contrastive` has the same three in Triton. Every pass leaves the
+driver a block that the next GEMM can read, and none allocates more than a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tileloss.similarity import up
+from tileloss.spec import ContrastiveSpec
+
+NEG_INF = float("-inf")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows [start, stop) of one direction's matrix against its columns [first, last).
+
+    Entries in the columns [twins[0], twins[1]) stand for two terms of the loss: their own row's, and the transposed
+    pair's, which belongs to the row of the loss that carries the column's number.
+    """
+
+    direction: str
+    start: int
+    stop: int
+    first: int
+    last: int
+    twins: tuple[int, int] = (0, 0)
+
+    @property
+    def rows(self) -> slice:
+        """The rows, in the loss' numbering."""
+        return slice(self.start, self.stop)
+
+    @property
+    def twin_columns(self) -> slice:
+        """The twin columns, in the block's numbering."""
+        return slice(self.twins[0] - self.first, self.twins[1] - self.first)
+
+    @property
+    def twin_rows(self) -> slice:
+        """The rows of the loss to which the twin columns belong."""
+        return slice(*self.twins)
+
+    @property
+    def has_twins(self) -> bool:
+        return self.twins[1] > self.twins[0]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What every pass must know of the call beside the block: sizes, objective, exclusions."""
+
+    size: int  # B, the number of queries
+    docs: int  # M, the number of documents
+    scale: float | Tensor
+    spec: ContrastiveSpec
+    doc_ids: Tensor | None = None  # (M,)
+    mask: Tensor | None = None  # (B, M) boolean
+
+
+class Passes:
+    """The passes in PyTorch, in place; sums, maxima and gradients in float32, or float64 for float64 inputs."""
+
+    def __init__(self, problem: Problem, queries: Tensor, docs: Tensor) -> None:
+        self.problem = problem
+        self.dtype = torch.promote_types(up(queries[:0]).dtype, up(docs[:0]).dtype)
+        self.operand_dtype = self.dtype
+        # per row, raw similarities: of the positive, and of the hardest negative
+        self.positive = torch.empty(problem.size, dtype=self.dtype, device=queries.device)
+        self.hardest = torch.empty_like(self.positive)
+
+    def softmax_gradient(
+        self,
+        tiles: Sequence[Tile],  # the same rows of every direction
+        blocks: Sequence[Tensor],  # (R, C) each: similarities; are overwritten
+        gradients: bool,
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """One softmax over the rows of all blocks together: its log-normaliser (R,) and the logits' gradients."""
+        for tile, block in zip(tiles, blocks):
+            self._mask(tile, block)
+            self._to_logits(tile, block)
+        peak = torch.stack([block.amax(dim=1) for block in blocks]).amax(dim=0)[:, None]
+        total = sum(block.sub_(peak).exp_().sum(dim=1, keepdim=True) for block in blocks)
+        if gradients:
+            for tile, block in zip(tiles, blocks):
+                self._subtract_positive(tile, block.div_(total), 1.0)
+        return (peak + torch.log(total)).squeeze(1), blocks
+
+    def normalisers(
+        self,
+        tile: Tile,
+        block: Tensor,  # (R, C): similarities; is overwritten
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-sum-exp of each row (R,), and of each twin column (T,) where the tile has twins."""
+        self._mask(tile, block)
+        twins = logsumexp_(block[:, tile.twin_columns] * self.problem.scale, dim=0) if tile.has_twins else None
+        self._to_logits(tile, block)
+        return logsumexp_(block, dim=1), twins
+
+    def gradient(
+        self,
+        tile: Tile,
+        block: Tensor,  # (R, C): similarities; is overwritten
+        row_normaliser: Tensor,  # (B,)
+        twin_normaliser: Tensor,  # (B,)
+    ) -> Tensor:  # (R, C)
+        """The gradient of the logits from known normalisers, times the number of partitions."""
+        self._mask(tile, block)
+        twins = block[:, tile.twin_columns] * self.problem.scale if tile.has_twins else None
+        self._to_logits(tile, block)
+        block.sub_(row_normaliser[tile.rows, None]).exp_()
+        if twins is not None:
+            block[:, tile.twin_columns] += twins.sub_(twin_normaliser[tile.twin_rows]).exp_()
+        self._subtract_positive(tile, block, float(self.problem.spec.partitions))
+        return block
+
+    def _to_logits(self, tile: Tile, block: Tensor) -> None:
+        """Masked similarities to logits in place: scale and hardness, and on the way the statistics."""
+        scale, spec = self.problem.scale, self.problem.spec
+        if tile.direction != "query_to_doc":
+            block.mul_(scale)
+            return
+        own = list(self._own(tile, block))
+        kept = [column.clone() for column in own]
+        own[0].fill_(NEG_INF)
+        self.positive[tile.rows] = kept[0]
+        self.hardest[tile.rows] = block.amax(dim=1)
+        in_batch = spec.weighs_hardness and spec.hardness != "hard_negatives"
+        block.mul_(scale + spec.hardness_strength if in_batch else scale)
+        own_negatives = spec.weighs_hardness and spec.hardness != "in_batch_negatives"
+        own[0].copy_(kept[0] * scale)
+        if spec.weighs_hardness:
+            for column, similarities in zip(own[1:], kept[1:]):
+                column.copy_(similarities * (scale + spec.hardness_strength if own_negatives else scale))
+
+    def _own(self, tile: Tile, block: Tensor) -> Iterator[Tensor]:
+        """The diagonals (R,) at which a row meets itself or its own documents, column of documents by column."""
+        size = self.problem.size
+        for column in range(tile.last // size):
+            start = column * size + tile.start - tile.first
+            yield block[:, start : start + tile.stop - tile.start].diagonal()
+
+    def _mask(self, tile: Tile, block: Tensor) -> None:
+        """Set what is no candidate to minus infinity: a row's own texts, and the excluded pairs."""
+        excluded = self._excluded(tile, block)
+        if excluded is not None:
+            block.masked_fill_(excluded, NEG_INF)
+        if tile.direction != "query_to_doc":
+            for own in self._own(tile, block):
+                own.fill_(NEG_INF)
+
+    def _excluded(self, tile: Tile, block: Tensor) -> Tensor | None:
+        """(R, C) boolean or None: pairs that the caller rules out; never a query's own positive."""
+        ids, mask = self.problem.doc_ids, self.problem.mask
+        excluded = None
+        if ids is not None:
+            excluded = ids[tile.rows, None] == ids[None, tile.first : tile.last]
+            for own in self._own(tile, excluded):
+                own.fill_(False)
+        if mask is not None and tile.direction == "query_to_doc":
+            given = mask[tile.rows, tile.first : tile.last]
+            excluded = given.clone() if excluded is None else excluded.logical_or_(given)
+            next(self._own(tile, excluded)).fill_(False)
+        return excluded
+
+    def _subtract_positive(self, tile: Tile, block: Tensor, amount: float) -> None:
+        if tile.direction == "query_to_doc":
+            next(self._own(tile, block)).sub_(amount)
+
+
+def logsumexp_(block: Tensor, dim: int) -> Tensor:
+    """Log-sum-exp along `dim`, overwriting the block; minus infinity where every entry is."""
+    peak = block.amax(dim=dim, keepdim=True)
+    peak = torch.where(peak == NEG_INF, 0.0, peak)
+    return block.sub_(peak).exp_().sum(dim=dim).log_().add_(peak.squeeze(dim))

@@ -1,0 +1,170 @@
+"""Similarities of a block of rows, and the way back: from the block's gradient to the rows' gradients.
+
+A block similarity prepares the rows once (`prepare`), fills blocks of similarities (`fill`), turns a block's gradient
+into contributions to the gradients of the prepared rows (`pull`), and carries those back through the preparation
+(`finish`). `degree` is the degree of homogeneity in both arguments together, which gives the gradient of the scale from
+the gradients of the rows (Euler's theorem) without another look at the blocks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tileloss.similarity import SimilarityFn, up
+from tileloss.tiled.matmul import accumulate, multiply
+
+_EPSILON = 1e-12  # the clamp of torch.nn.functional.normalize
+
+
+class Dot:
+    """Dot products: one GEMM forward, one for each side backward."""
+
+    symmetric = True
+    degree = 2
+
+    def prepare(
+        self,
+        x: Tensor,  # (N, D)
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The rows as the GEMMs read them, (N, D) in `dtype`, and what `finish` needs to know of them."""
+        return x.to(dtype).contiguous(), None
+
+    def fill(
+        self,
+        out: Tensor,  # (R, C)
+        x: Tensor,  # (R, D)
+        y: Tensor,  # (C, D)
+    ) -> Any:
+        """Write the similarities of `x` with `y` to `out`; returns what `pull` needs beside the block's gradient."""
+        multiply(x, y.t(), out=out)
+
+    def pull(
+        self,
+        grad: Tensor,  # (R, C)
+        x: Tensor,  # (R, D)
+        y: Tensor,  # (C, D)
+        saved: Any,
+        dx: Tensor | None,  # (R, D): is added to
+        dy: Tensor | None,  # (C, D): is added to
+    ) -> None:
+        """Add the gradients of the prepared rows; a side that needs none is None and costs nothing."""
+        if dx is not None:
+            accumulate(dx, grad, y)
+        if dy is not None:
+            accumulate(dy, grad.t(), x)
+
+    def finish(
+        self,
+        dx: Tensor,  # (N, D): is overwritten
+        x: Tensor,  # (N, D)
+        saved: Tensor | None,
+        factor: float | Tensor,
+    ) -> Tensor:  # (N, D)
+        """The gradient of the rows as given, times `factor`."""
+        return dx.mul_(factor)
+
+
+class Cosine(Dot):
+    """Dot products of unit rows; the norms are clamped at 1e-12 inside the graph."""
+
+    def prepare(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        x = up(x)
+        norms = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        return (x / norms.clamp_min(_EPSILON)).to(dtype), norms
+
+    def finish(self, dx: Tensor, x: Tensor, saved: Tensor | None, factor: float | Tensor) -> Tensor:
+        assert saved is not None
+        x = x.to(dx.dtype)
+        along = torch.einsum("nd,nd->n", dx, x)[:, None]
+        along = torch.where(saved < _EPSILON, 0.0, along)  # below the clamp the norm is a constant
+        return dx.addcmul_(x, along, value=-1).mul_(factor / saved.clamp_min(_EPSILON))
+
+
+class Euclidean(Dot):
+    """Negative Euclidean distances; the gradient needs one GEMM a side, and is zero at distance zero."""
+
+    degree = 1
+
+    def fill(self, out: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        distances = torch.cdist(x, y)
+        torch.neg(distances, out=out)
+        return distances
+
+    def pull(
+        self, grad: Tensor, x: Tensor, y: Tensor, saved: Any, dx: Tensor | None, dy: Tensor | None
+    ) -> None:
+        # d(-|x - y|)/dx = -(x - y)/|x - y|, so with w = grad/|x - y| the sum over y is  w y - (sum of w) x
+        weights = torch.where(saved > 0, grad / saved, 0.0)
+        super().pull(weights, x, y, None, dx, dy)
+        if dx is not None:
+            dx.addcmul_(x, weights.sum(1, keepdim=True), value=-1)
+        if dy is not None:
+            dy.addcmul_(y, weights.sum(0)[:, None], value=-1)
+
+
+class Manhattan(Dot):
+    """Negative Manhattan distances, through PyTorch's own distance kernels in both directions."""
+
+    degree = 1
+
+    def fill(self, out: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        distances = torch.cdist(x, y, p=1.0)
+        torch.neg(distances, out=out)
+        return distances
+
+    def pull(
+        self, grad: Tensor, x: Tensor, y: Tensor, saved: Any, dx: Tensor | None, dy: Tensor | None
+    ) -> None:
+        backward = torch.ops.aten._cdist_backward
+        if dx is not None:
+            dx.sub_(backward(grad.contiguous(), x, y, 1.0, saved))
+        if dy is not None:
+            dy.sub_(backward(grad.t().contiguous(), y, x, 1.0, saved.t().contiguous()))
+
+
+class RowwiseCallable(Dot):
+    """Any similarity that declares itself row-wise: autograd inside each block, nothing kept between blocks.
+
+    It need not be symmetric or homogeneous, so no block stands for its transpose, and the scale's gradient is summed
+    block by block in `scale_gradient`.
+    """
+
+    symmetric = False
+    degree = 0
+
+    def __init__(self, similarity: SimilarityFn) -> None:
+        self.similarity = similarity
+        self.scale_gradient: Tensor | float = 0.0
+
+    def fill(self, out: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.enable_grad():
+            x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
+            similarities = self.similarity(x, y)
+        out.copy_(similarities.detach())
+        return x, y, similarities
+
+    def fill_transposed(self, out: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `fill`, with `y` as the first argument of the callable and its result transposed."""
+        y, x, similarities = self.fill(out.t(), y, x)
+        with torch.enable_grad():
+            return x, y, similarities.t()
+
+    def pull(
+        self, grad: Tensor, x: Tensor, y: Tensor, saved: Any, dx: Tensor | None, dy: Tensor | None
+    ) -> None:
+        x, y, similarities = saved
+        self.scale_gradient = self.scale_gradient + (grad * similarities.detach()).sum()
+        for total, gradient in zip((dx, dy), torch.autograd.grad(similarities, (x, y), grad.to(similarities.dtype))):
+            if total is not None:
+                total.add_(gradient)
+
+
+def block_similarity(similarity: str | SimilarityFn) -> Dot:
+    """The block form of a similarity: by its name, or around a row-wise callable."""
+    if not isinstance(similarity, str):
+        return RowwiseCallable(similarity)
+    return {"cosine": Cosine, "dot": Dot, "euclidean": Euclidean, "manhattan": Manhattan}[similarity]()
