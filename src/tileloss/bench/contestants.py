@@ -26,7 +26,7 @@ _FLOOR_ELEMENTS = 2**30
 
 
 class Steps(NamedTuple):
-    """What is timed. `forward`: the loss alone, under no_grad. `forward_backward`: the loss and all gradients, from none."""
+    """What is timed: the loss alone under no_grad, and the loss with all gradients, starting from none."""
 
     forward: Callable[[], None]
     forward_backward: Callable[[], None]

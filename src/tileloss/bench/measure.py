@@ -1,7 +1,8 @@
 """How time and memory are measured.
 
-Time: in one process, everything in turns, so that a machine that slows down slows all alike; medians and quartiles over
-the turns, with the device's queue drained before each reading of the clock. A sample of a short step is many calls.
+Time: in one process, everything in turns, so that a machine that slows down slows all alike; medians and quartiles
+over the turns, with the device's queue drained before each reading of the clock. A sample of a short step is many
+calls.
 
 Memory: one contestant to a process, so that nobody's caches count for another. The figure is the highest number of
 bytes that torch's allocator held during one forward and backward beyond what it held before (the inputs), gradients
@@ -61,8 +62,8 @@ def describe(error: BaseException) -> str:
 def time_in_turns(steps: Mapping[Name, Step], rounds: int) -> dict[Name, list[float]]:
     """Seconds per call of each step, `rounds` samples each, taken in turns.
 
-    The steps must be warm: whatever happens once (compilation, tuning) has happened. The order shifts by one each turn,
-    so that nobody always follows the same neighbour.
+    The steps must be warm: whatever happens once (compilation, tuning) has happened. The order shifts by one each
+    turn, so that nobody always goes first.
     """
     timers = {name: timeit.Timer(step, timer=drained_clock) for name, step in steps.items()}
     single = {name: timer.timeit(1) for name, timer in timers.items()}
@@ -153,7 +154,7 @@ def memory_of(case: Case, contestant: str, threads: int) -> Memory:
 
 
 class MemoryProcess:
-    """A process of its own for one contestant's memory; a death in it (by the system, out of memory) is an answer too."""
+    """A process of its own for one contestant's memory; if the system kills it, that is an answer too."""
 
     def __init__(self, contestant: str, threads: int) -> None:
         self.contestant, self.threads = contestant, threads
@@ -176,5 +177,7 @@ class MemoryProcess:
     def __enter__(self) -> MemoryProcess:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._pool.shutdown(cancel_futures=True)

@@ -21,7 +21,7 @@ from tileloss.bench.workloads import DTYPES, WORKLOADS, Case
 
 # a materialised form keeps several B x M matrices: logits, scaled logits, probabilities, gradient; used until measured
 _GUESSED_MATRICES = 5
-# warm-up and profiled steps in a contestant's memory process, in steps; forward beside forward and backward when timing
+# to plan by: steps taken to measure one memory, and how long forward takes beside forward and backward
 _MEMORY_STEPS, _FORWARD_SHARE = 4, 0.5
 
 
@@ -111,7 +111,7 @@ def _measure_memory(name: str, results: Results, limits: Limits, progress: tqdm)
 
 
 def _obstacle(name: str, case: Case, before: tuple[Case, Memory] | None, limits: Limits) -> str | None:
-    """Why not to try this case, by what the next smaller one on the curve needed; None if nothing speaks against it."""
+    """Why not to try this case, by what the next smaller one on the curve needed; None: try it."""
     similarities = case.batch * case.docs
     needed = _GUESSED_MATRICES * similarities * DTYPES[case.dtype].itemsize if CONTESTANTS[name].materialises else 0
     if before is not None:

@@ -21,7 +21,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def _similarities(columns: Sequence[Tensor]) -> Tensor:
-    """Scaled cosine of every query with every document; columns are (B, D) each, the result is (B, (columns - 1) * B)."""
+    """Scaled cosine of every query with every document: from columns of (B, D) to (B, (columns - 1) * B)."""
     queries, docs = columns[0], torch.cat(list(columns[1:]))
     return SCALE * F.normalize(queries, dim=-1) @ F.normalize(docs, dim=-1).T
 

@@ -86,9 +86,9 @@ class _Walk:
     def __init__(self, queries: Tensor, docs: Tensor, passes: Passes, needs: Needs) -> None:
         self.passes, self.problem, self.needs = passes, passes.problem, needs
         self.queries, self.docs = queries, docs
-        self.similarity = block_similarity(self.problem.spec.similarity)
-        self.left, self.left_saved = self.similarity.prepare(queries, passes.operand_dtype)
-        self.right, self.right_saved = self.similarity.prepare(docs, passes.operand_dtype)
+        self.similarity = block_similarity(self.problem.spec.similarity, passes)
+        self.left, self.left_saved = self.similarity.prepare(queries)
+        self.right, self.right_saved = self.similarity.prepare(docs)
         self.gradients = any(needs)
         self.d_left = self._zeros(queries) if needs.queries or needs.scale else None
         self.d_right = self._zeros(docs) if needs.docs or needs.scale else None
@@ -146,6 +146,12 @@ class _Walk:
         return normalisers.mean(dim=0)
 
     def _normalisers(self, matrix: Matrix) -> Iterator[tuple[Tile, Tensor, Tensor | None]]:
+        if self.similarity.is_product:
+            tile = Tile(matrix.direction, 0, self.problem.size, 0, len(matrix.right), twins=(0, self.problem.size))
+            found = self.passes.fused_normalisers(tile, matrix.left, matrix.right)
+            if found is not None:
+                yield tile, *found
+                return
         for tile, block in self._blocks(matrix):
             self._fill(matrix, tile, block)
             yield tile, *self.passes.normalisers(tile, block)
@@ -200,7 +206,7 @@ class _Walk:
 
     def _finished(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of the rows as given and of the scale, from those of the prepared rows."""
-        share = 1.0 / (self.problem.size * self.problem.spec.partitions)
+        share = 1.0 / (self.problem.size * self.problem.spec.partitions * self.passes.gradient_unit)
         d_scale = self._d_scale() * share if self.needs.scale else None
         factor = self.problem.scale * share
         d_queries = d_docs = None

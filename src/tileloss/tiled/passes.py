@@ -17,6 +17,7 @@ from tileloss.similarity import up
 from tileloss.spec import ContrastiveSpec
 
 NEG_INF = float("-inf")
+NORM_FLOOR = 1e-12  # the clamp of torch.nn.functional.normalize
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ class Problem:
 class Passes:
     """The passes in PyTorch, in place; sums, maxima and gradients in float32, or float64 for float64 inputs."""
 
+    gradient_unit = 1.0  # the passes return the logits' gradients times this
+
     def __init__(self, problem: Problem, queries: Tensor, docs: Tensor) -> None:
         self.problem = problem
         self.dtype = torch.promote_types(up(queries[:0]).dtype, up(docs[:0]).dtype)
@@ -76,6 +79,28 @@ class Passes:
         # per row, raw similarities: of the positive, and of the hardest negative
         self.positive = torch.empty(problem.size, dtype=self.dtype, device=queries.device)
         self.hardest = torch.empty_like(self.positive)
+
+    def unit_rows(
+        self,
+        x: Tensor,  # (N, D)
+    ) -> tuple[Tensor, Tensor]:
+        """The rows over their norms, (N, D) in the operands' dtype, and the norms (N, 1), clamped as PyTorch does."""
+        x = up(x)
+        norms = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        return (x / norms.clamp_min(NORM_FLOOR)).to(self.operand_dtype), norms
+
+    def unit_rows_backward(
+        self,
+        dx: Tensor,  # (N, D): the gradient of the unit rows; is overwritten
+        x: Tensor,  # (N, D): the unit rows
+        norms: Tensor,  # (N, 1)
+        factor: float | Tensor,
+    ) -> Tensor:  # (N, D)
+        """The gradient of the rows as given, times `factor`."""
+        x = x.to(dx.dtype)
+        along = torch.einsum("nd,nd->n", dx, x)[:, None]
+        along = torch.where(norms < NORM_FLOOR, 0.0, along)  # below the floor the norm is a constant
+        return dx.addcmul_(x, along, value=-1).mul_(factor / norms.clamp_min(NORM_FLOOR))
 
     def softmax_gradient(
         self,
@@ -104,6 +129,18 @@ class Passes:
         twins = logsumexp_(block[:, tile.twin_columns] * self.problem.scale, dim=0) if tile.has_twins else None
         self._to_logits(tile, block)
         return logsumexp_(block, dim=1), twins
+
+    def fused_normalisers(
+        self,
+        tile: Tile,  # a whole matrix of products; its first B columns are twins
+        left: Tensor,  # (B, D): prepared rows
+        right: Tensor,  # (C, D): prepared rows
+    ) -> tuple[Tensor, Tensor] | None:
+        """As `normalisers` for a whole matrix, storing no similarity; None where a GEMM has no epilogue, as here.
+
+        Of a symmetric matrix only the entries right of the diagonal count: as their row's, and as their twin's.
+        """
+        return None
 
     def gradient(
         self,

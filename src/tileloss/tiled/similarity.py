@@ -13,25 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tileloss.similarity import SimilarityFn, up
+from tileloss.similarity import SimilarityFn
 from tileloss.tiled.matmul import accumulate, multiply
-
-_EPSILON = 1e-12  # the clamp of torch.nn.functional.normalize
+from tileloss.tiled.passes import Passes
 
 
 class Dot:
     """Dot products: one GEMM forward, one for each side backward."""
 
+    is_product = True  # similarities are products of the prepared rows, so a GEMM's epilogue can see them
     symmetric = True
     degree = 2
+
+    def __init__(self, passes: Passes) -> None:
+        self.passes = passes
 
     def prepare(
         self,
         x: Tensor,  # (N, D)
-        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor | None]:
-        """The rows as the GEMMs read them, (N, D) in `dtype`, and what `finish` needs to know of them."""
-        return x.to(dtype).contiguous(), None
+        """The rows as the GEMMs read them, (N, D) contiguous, and what `finish` needs to know of them."""
+        return x.to(self.passes.operand_dtype).contiguous(), None
 
     def fill(
         self,
@@ -71,23 +73,22 @@ class Dot:
 class Cosine(Dot):
     """Dot products of unit rows; the norms are clamped at 1e-12 inside the graph."""
 
-    def prepare(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        x = up(x)
-        norms = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-        return (x / norms.clamp_min(_EPSILON)).to(dtype), norms
+    def prepare(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.passes.unit_rows(x)
 
     def finish(self, dx: Tensor, x: Tensor, saved: Tensor | None, factor: float | Tensor) -> Tensor:
         assert saved is not None
-        x = x.to(dx.dtype)
-        along = torch.einsum("nd,nd->n", dx, x)[:, None]
-        along = torch.where(saved < _EPSILON, 0.0, along)  # below the clamp the norm is a constant
-        return dx.addcmul_(x, along, value=-1).mul_(factor / saved.clamp_min(_EPSILON))
+        return self.passes.unit_rows_backward(dx, x, saved, factor)
 
 
 class Euclidean(Dot):
     """Negative Euclidean distances; the gradient needs one GEMM a side, and is zero at distance zero."""
 
+    is_product = False
     degree = 1
+
+    def prepare(self, x: Tensor) -> tuple[Tensor, None]:
+        return x.to(self.passes.dtype).contiguous(), None
 
     def fill(self, out: Tensor, x: Tensor, y: Tensor) -> Tensor:
         distances = torch.cdist(x, y)
@@ -109,7 +110,11 @@ class Euclidean(Dot):
 class Manhattan(Dot):
     """Negative Manhattan distances, through PyTorch's own distance kernels in both directions."""
 
+    is_product = False
     degree = 1
+
+    def prepare(self, x: Tensor) -> tuple[Tensor, None]:
+        return x.to(self.passes.dtype).contiguous(), None
 
     def fill(self, out: Tensor, x: Tensor, y: Tensor) -> Tensor:
         distances = torch.cdist(x, y, p=1.0)
@@ -133,10 +138,12 @@ class RowwiseCallable(Dot):
     block by block in `scale_gradient`.
     """
 
+    is_product = False
     symmetric = False
     degree = 0
 
-    def __init__(self, similarity: SimilarityFn) -> None:
+    def __init__(self, passes: Passes, similarity: SimilarityFn) -> None:
+        super().__init__(passes)
         self.similarity = similarity
         self.scale_gradient: Tensor | float = 0.0
 
@@ -163,8 +170,8 @@ class RowwiseCallable(Dot):
                 total.add_(gradient)
 
 
-def block_similarity(similarity: str | SimilarityFn) -> Dot:
+def block_similarity(similarity: str | SimilarityFn, passes: Passes) -> Dot:
     """The block form of a similarity: by its name, or around a row-wise callable."""
     if not isinstance(similarity, str):
-        return RowwiseCallable(similarity)
-    return {"cosine": Cosine, "dot": Dot, "euclidean": Euclidean, "manhattan": Manhattan}[similarity]()
+        return RowwiseCallable(passes, similarity)
+    return {"cosine": Cosine, "dot": Dot, "euclidean": Euclidean, "manhattan": Manhattan}[similarity](passes)

@@ -1,0 +1,111 @@
+"""What tileloss promises against sentence-transformers, and the judgement whether a run kept it.
+
+The promises hold for two CPU cores, float32 and D = 384, forward and backward. Times are medians, measured in turns in
+one process, and still depend on the machine and on what else it does; peaks are measured in a process each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tileloss.bench.contestants import FLOOR, SENTENCE_TRANSFORMERS, TILELOSS
+from tileloss.bench.report import peak, ratio
+from tileloss.bench.sweep import Results
+from tileloss.bench.workloads import Case
+
+TARGET_WIDTH = 384
+
+
+@dataclass(frozen=True)
+class Target:
+    """One promise.
+
+    Attributes:
+        workload, batch: of which work.
+        speed_up: at least this many times as fast as sentence-transformers.
+        memory: at most this share of its extra peak memory.
+        floor: at most this many times the time of the three matrix products; None: no promise.
+    """
+
+    workload: str
+    batch: int
+    speed_up: float
+    memory: float
+    floor: float | None = None
+
+    @property
+    def case(self) -> Case:
+        """The case that shows whether it is kept."""
+        return Case(self.workload, self.batch, TARGET_WIDTH)
+
+
+TARGETS = (
+    Target("default", 8192, speed_up=2.0, memory=1 / 8, floor=1.3),
+    Target("hardness", 4096, speed_up=2.0, memory=1 / 5),
+    Target("four_directions", 4096, speed_up=2.5, memory=1 / 8),
+    Target("symmetric", 4096, speed_up=2.0, memory=1 / 5),
+    Target("hard_negatives", 2048, speed_up=1.7, memory=1 / 5),
+    Target("default", 512, speed_up=1.0, memory=1.0),
+    Target("default", 32, speed_up=1.0, memory=1.0),
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A target beside what was measured; None where there is no figure, and then it is not reached."""
+
+    target: Target
+    speed_up: float | None
+    memory: float | None
+    floor: float | None
+
+    @property
+    def reached(self) -> bool:
+        """Whether every part of the promise is kept."""
+        if self.speed_up is None or self.memory is None or self.floor is None:
+            return False
+        within_floor = self.target.floor is None or self.floor <= self.target.floor
+        return self.speed_up >= self.target.speed_up and self.memory <= self.target.memory and within_floor
+
+    def record(self) -> dict[str, Any]:
+        """The verdict for the JSON file."""
+        measured = {"speed_up": self.speed_up, "memory": self.memory, "floor": self.floor}
+        return {"target": vars(self.target), "measured": measured, "reached": self.reached}
+
+
+def judge(results: Results) -> list[Verdict]:
+    """Hold the results of the targets' cases against the targets, in their order."""
+    verdicts = []
+    for target in TARGETS:
+        outcomes = results[target.case]
+        ours, theirs = outcomes[TILELOSS], outcomes[SENTENCE_TRANSFORMERS]
+        verdicts.append(
+            Verdict(
+                target,
+                speed_up=ratio(theirs.seconds, ours.seconds),
+                memory=ratio(peak(ours), peak(theirs)),
+                floor=ratio(ours.seconds, outcomes[FLOOR].seconds),
+            )
+        )
+    return verdicts
+
+
+def verdict_table(verdicts: list[Verdict]) -> str:
+    """One line per target: measured, and in brackets what was promised."""
+    lines = [f"{'target':<26} {'speed-up':>16} {'memory':>18} {'x floor':>16}  reached"]
+    for verdict in verdicts:
+        target = verdict.target
+        lines.append(
+            f"{f'{target.workload}, B={target.batch}':<26}"
+            f" {_pair(verdict.speed_up, f'>= {target.speed_up:g}'):>16}"
+            f" {_pair(verdict.memory, f'<= {target.memory:g}'):>18}"
+            f" {_pair(verdict.floor, f'<= {target.floor:g}' if target.floor else ''):>16}"
+            f"  {'yes' if verdict.reached else 'no'}"
+        )
+    return "\n".join(lines)
+
+
+def _pair(measured: float | None, promised: str) -> str:
+    shown = "-" if measured is None else f"{measured:.3g}"
+    return f"{shown} ({promised})" if promised else shown
