@@ -40,13 +40,19 @@ def _doubling(first: int, last: int) -> list[int]:
     return [first << step for step in range((last // first).bit_length())]
 
 
+def _accelerator() -> str | None:
+    """The type of the GPU at hand, if it is one whose memory torch can measure."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator.type if accelerator is not None and accelerator.type in ("cuda", "xpu") else None
+
+
 def _targets_plan() -> Plan:
     return Plan("targets", [target.case for target in TARGETS], [TILELOSS, SENTENCE_TRANSFORMERS])
 
 
 def _gpu_plan() -> Plan:
     sizes = product(_doubling(512, 262_144), ("bfloat16", "float32"))
-    cases = [Case("default", batch, 768, dtype, "cuda") for batch, dtype in sizes]
+    cases = [Case("default", batch, 768, dtype, _accelerator() or "cuda") for batch, dtype in sizes]
     contestants = [name for name in CONTESTANTS if name not in _LEFT_OUT_ON_A_GPU]
     return Plan("gpu", cases, contestants, rounds=3, minutes=5.5)
 
@@ -55,7 +61,7 @@ PRESETS = {"targets": _targets_plan, "gpu": _gpu_plan}
 
 
 def _plan_of(options: argparse.Namespace) -> Plan:
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = options.device or _accelerator() or "cpu"
     sizes = product(
         options.workload or ["default"],
         options.batch or _doubling(512, 32_768 if device == "cpu" else 262_144),
@@ -82,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tileloss bench",
         description="Measure time and peak memory of the losses over a sweep of sizes, everybody in one run: "
-        "tileloss by backend, plain PyTorch, torch.compile of it, sentence-transformers if installed, the matmul floor.",
+        "tileloss by backend, plain PyTorch, torch.compile of it, sentence-transformers if installed, and the floor.",
     )
     parser.add_argument("--preset", choices=PRESETS, help="a fixed set of cases instead of the options below")
     parser.add_argument("--check", action="store_true", help="with --preset targets: exit with 1 if one is missed")
@@ -92,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     sizes.add_argument("--width", nargs="+", type=_number(int, 1), help="numbers per embedding; default: 384 768 1024")
     sizes.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: float32, on a GPU bfloat16 too")
     sizes.add_argument("--contestant", nargs="+", choices=CONTESTANTS, help="default: all")
-    sizes.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    sizes.add_argument("--device", choices=("cpu", "cuda", "xpu"), help="default: the GPU if there is one")
     parser.add_argument("--rounds", type=_number(int, 3), help="samples of each time; default: 5, gpu preset 3")
     parser.add_argument("--memory-limit", type=_number(float, 0), metavar="GIB", help="default: what is free")
     parser.add_argument("--time-limit", type=_number(float, 0), metavar="MINUTES", help="default: 30, gpu preset 5.5")
@@ -113,8 +119,9 @@ def _chosen(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Pla
         if given:
             parser.error(f"--preset {options.preset} fixes its cases: leave out --{given[0]}, or leave out --preset")
     plan = PRESETS[options.preset]() if options.preset else _plan_of(options)
-    if any(case.device == "cuda" for case in plan.cases) and not torch.cuda.is_available():
-        parser.error("there is no GPU that torch can use: run with --device cpu, without --preset gpu")
+    device = plan.cases[0].device
+    if device not in ("cpu", _accelerator()):
+        parser.error(f"torch finds no {device} device here: run with --device cpu, or the preset targets")
     if options.preset == "targets" and importlib.util.find_spec("sentence_transformers") is None:
         parser.error("the targets compare with sentence-transformers: pip install sentence-transformers==6.2.0")
     return replace(plan, rounds=options.rounds or plan.rounds, minutes=options.time_limit or plan.minutes)

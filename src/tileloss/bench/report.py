@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+import tileloss
 from tileloss.bench.contestants import FLOOR, REFERENCE, SENTENCE_TRANSFORMERS
 from tileloss.bench.sweep import Outcome, Results
 from tileloss.bench.workloads import WORKLOADS, Case
@@ -45,8 +46,9 @@ def machine() -> dict[str, Any]:
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         described["memory_bytes"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        described |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
+        properties = torch.cuda.get_device_properties()
+        runtime = torch.version.cuda or torch.version.hip
+        described |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory, "gpu_runtime": runtime}
     return described
 
 
@@ -61,8 +63,8 @@ def _cpu_name() -> str:
 
 def versions() -> dict[str, str | None]:
     """Python's version and those of the packages that matter; None for what is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("tileloss", "torch", "triton", "sentence-transformers"):
+    found: dict[str, str | None] = {"python": platform.python_version(), "tileloss": tileloss.__version__}
+    for package in ("torch", "triton", "sentence-transformers"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -91,7 +93,9 @@ def peak(outcome: Outcome | None) -> int | None:
 def table(results: Results) -> str:
     """Everything measured, one line per case and contestant, then why the rest is missing."""
     baseline = baseline_of(results)
-    lines = [f"speed and memory are compared with {baseline}; times are medians, with quartiles in brackets"]
+    lines: list[str | None] = [
+        f"speed and memory are compared with {baseline}; times are medians, with quartiles in brackets"
+    ]
     for group, cases in _curves(results):
         workload, width, dtype, device = group
         lines += ["", f"{WORKLOADS[workload].title} ({workload}), D={width}, {dtype}, {device}"]
@@ -113,7 +117,7 @@ def _line(case: Case, name: str, outcomes: dict[str, Outcome], baseline: str) ->
     return (
         f"{case.batch:>7}  {name:<21} {1e3 * statistics.median(outcome.forward):>10.4g} {both:>26}"
         f" {case.batch / outcome.seconds:>11,.0f} {_cell(ratio(outcome.seconds, outcomes[FLOOR].seconds)):>7}"
-        f" {_cell(ratio(other and other.seconds, outcome.seconds), 'x'):>7}"
+        f" {_cell(ratio(other.seconds if other else None, outcome.seconds), 'x'):>7}"
         f" {_cell(ratio(bytes_held, MIB)):>9} {_cell(ratio(bytes_held, peak(other)), 'x'):>8}"
     )
 
