@@ -75,9 +75,11 @@ def test_an_installed_wheel_imports_from_where_it_was_put(wheel: Path, tmp_path:
     target = tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target)]
     subprocess.run([*install, str(wheel)], check=True, capture_output=True, cwd=tmp_path)
-    # -I ignores the environment and the working directory; the target goes first, before the editable install
+    # -I ignores the environment and the working directory; an editable install would fill in for what is missing
     code = (
-        f"import sys; sys.path.insert(0, {str(target)!r})\n"
+        "import sys\n"
+        "sys.meta_path[:] = [finder for finder in sys.meta_path if '__editable__' not in str(finder)]\n"
+        f"sys.path.insert(0, {str(target)!r})\n"
         "import tileloss, tileloss.kernels, tileloss.losses, tileloss.functional\n"
         "print(tileloss.__file__, tileloss.kernels.__file__, sep='\\n')"
     )
