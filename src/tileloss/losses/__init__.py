@@ -1,1 +1,6 @@
+"""The loss classes, under sentence-transformers' names, module names and signatures."""
 
+from tileloss.losses.multiple_negatives_ranking import MultipleNegativesRankingLoss
+from tileloss.losses.multiple_negatives_symmetric_ranking import MultipleNegativesSymmetricRankingLoss
+
+__all__ = ["MultipleNegativesRankingLoss", "MultipleNegativesSymmetricRankingLoss"]

@@ -1,0 +1,90 @@
+"""Embedding the columns of a batch, with one forward pass for all that can share it.
+
+A loss is handed one feature dict for each text column. The first column (the query) is embedded by itself; the others
+are concatenated into one forward pass where they are alike, because small forwards leave a GPU idle. Alike means: the
+same keys, one row per example in every tensor, and widths that zero padding can make equal. Otherwise each column is
+embedded on its own. Values and gradients are the same either way, up to the order in which dropout is drawn.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Features = dict[str, Any]
+
+# sentence-transformers' wrapper losses forbid merging for the length of a block through a variable of this module
+_ORACLE_MODULE = "sentence_transformers.base.losses.merged_forward"
+
+
+def embed_columns(model: nn.Module, columns: Iterable[Features]) -> list[Tensor]:
+    """Embeddings (B, D) of each column, in order: the "sentence_embedding" that the model puts into its feature dict."""
+    first, *others = columns
+    embeddings = [model(first)["sentence_embedding"]]
+    if not others:
+        return embeddings
+    merged = _merged(others) if len(others) > 1 and not _merging_is_forbidden() else None
+    if merged is None:
+        return embeddings + [model(features)["sentence_embedding"] for features in others]
+    return embeddings + list(model(merged)["sentence_embedding"].chunk(len(others)))
+
+
+def _merging_is_forbidden() -> bool:
+    oracle = sys.modules.get(_ORACLE_MODULE)
+    return oracle is not None and oracle._MERGING_DISABLED.get()
+
+
+def _merged(columns: Sequence[Features]) -> Features | None:
+    """One feature dict with the rows of all columns, column after column, or None where they are not alike."""
+    first = columns[0]
+    if any(column.keys() != first.keys() for column in columns) or "cu_seq_lens_q" in first:
+        return None
+    rows = next((len(x) for x in map(first.get, ("input_ids", "attention_mask")) if _is_matrix(x)), None)
+    if rows is None:
+        return None
+    merged = {}
+    for key in first:
+        values = [column[key] for column in columns]
+        if isinstance(values[0], Tensor) and key != "prompt_length":
+            joined = _joined(values, rows)
+            if joined is None:
+                return None
+            merged[key] = joined
+        elif all(_equal(value, values[0]) for value in values):
+            merged[key] = values[0]
+        else:
+            return None
+    return merged
+
+
+def _is_matrix(x: object) -> bool:
+    return isinstance(x, Tensor) and x.ndim >= 2
+
+
+def _joined(values: Sequence[Any], rows: int) -> Tensor | None:
+    """The tensors under each other, padded to one width; None unless they are one row per example and alike beyond it."""
+    first = values[0]
+    for value in values:
+        if not isinstance(value, Tensor) or value.ndim != first.ndim or value.ndim == 0 or len(value) != rows:
+            return None
+        if value.shape[2:] != first.shape[2:] or (value.shape != first.shape and value.is_floating_point()):
+            return None  # zeros are padding only where an attention mask hides them: for token-like integers
+    if first.ndim == 1:
+        return torch.cat(list(values))
+    width = max(value.shape[1] for value in values)
+    padding = [0, 0] * (first.ndim - 2)
+    return torch.cat([F.pad(value, [*padding, 0, width - value.shape[1]]) for value in values])
+
+
+def _equal(a: object, b: object) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and a.device == b.device and torch.equal(a, b)
+    try:
+        return bool(a == b)
+    except (ValueError, RuntimeError):  # values without a single truth, such as arrays
+        return False
