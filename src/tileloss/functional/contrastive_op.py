@@ -132,9 +132,11 @@ def _through_definition(
     needs: list[bool],
 ) -> list[Tensor | None]:
     """The gradients as a differentiable function of the inputs, by the materialised definition."""
+    # as nodes of their own: the gradient of an input that was computed from another must not flow on into that one too
+    queries, docs, scale = (x.view_as(x) if isinstance(x, Tensor) else x for x in inputs)
     with torch.autocast(d_loss.device.type, enabled=False):
-        loss, _ = reference.contrastive_loss(*inputs, spec, doc_ids, mask)
-        wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
+        loss, _ = reference.contrastive_loss(queries, docs, scale, spec, doc_ids, mask)
+        wanted = [x for x, need in zip((queries, docs, scale), needs, strict=True) if need]
         found = iter(torch.autograd.grad(loss, wanted, d_loss, create_graph=True))
     return [next(found) if need else None for need in needs]
 
