@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     sizes.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: float32, on a GPU bfloat16 too")
     sizes.add_argument("--contestant", nargs="+", choices=CONTESTANTS, help="default: all")
     sizes.add_argument("--device", choices=("cpu", "cuda", "xpu"), help="default: the GPU if there is one")
-    parser.add_argument("--rounds", type=_number(int, 3), help="samples of each time; default: 5, gpu preset 3")
+    parser.add_argument("--rounds", type=_number(int, 3), help="least samples of each time; default: 5, gpu preset 3")
     parser.add_argument("--memory-limit", type=_number(float, 0), metavar="GIB", help="default: what is free")
     parser.add_argument("--time-limit", type=_number(float, 0), metavar="MINUTES", help="default: 30, gpu preset 5.5")
     parser.add_argument(

@@ -17,6 +17,7 @@ import ctypes
 import math
 import multiprocessing
 import os
+import time
 import timeit
 from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -34,8 +35,9 @@ from tileloss.bench.workloads import WORKLOADS, Case
 
 Step = Callable[[], None]
 Name = TypeVar("Name", bound=Hashable)
+_Figure = TypeVar("_Figure")
 
-SHORTEST_SAMPLE = 0.05  # seconds
+SHORTEST_SAMPLE, SHORTEST_COMPARISON = 0.05, 3.0  # seconds
 
 
 class Memory(NamedTuple):
@@ -44,7 +46,7 @@ class Memory(NamedTuple):
     Attributes:
         peak: bytes that torch's allocator held at most during forward and backward, beyond the inputs.
         resident: bytes by which the process's resident high-water mark rose; None where the system does not tell.
-        seconds: how long one warm forward and backward took, to plan by.
+        seconds: how long one warm forward and backward took there: a single reading, to plan by.
         missing: why there is no figure; None if there is.
     """
 
@@ -60,19 +62,20 @@ def describe(error: BaseException) -> str:
 
 
 def time_in_turns(steps: Mapping[Name, Step], rounds: int) -> dict[Name, list[float]]:
-    """Seconds per call of each step, `rounds` samples each, taken in turns.
+    """Seconds per call of each step, at least `rounds` samples each, taken in turns; more while that is quick.
 
     The steps must be warm: whatever happens once (compilation, tuning) has happened. The order shifts by one each
     turn, so that nobody always goes first.
     """
+    end = time.monotonic() + SHORTEST_COMPARISON
     timers = {name: timeit.Timer(step, timer=drained_clock) for name, step in steps.items()}
     single = {name: timer.timeit(1) for name, timer in timers.items()}
     calls = {name: max(1, math.ceil(SHORTEST_SAMPLE / seconds)) for name, seconds in single.items()}
     samples = {name: [seconds] if calls[name] == 1 else [] for name, seconds in single.items()}
     names = list(steps)
-    while any(len(taken) < rounds for taken in samples.values()):
+    while (early := time.monotonic() < end) or any(len(taken) < rounds for taken in samples.values()):
         for name in names:
-            if len(samples[name]) < rounds:
+            if early or len(samples[name]) < rounds:
                 samples[name].append(timers[name].timeit(calls[name]) / calls[name])
         names.append(names.pop(0))
     return samples
@@ -113,11 +116,12 @@ def accelerator_peak(step: Step) -> int:
 
 
 def resident_peak(step: Step) -> int | None:
-    """By how many bytes the process's resident set rose at most during `step`; None where the system does not tell."""
+    """By how many bytes the resident set rose at most during `step`; None (but run) where the system does not tell."""
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # memory kept from earlier steps would hide what this one needs
         Path("/proc/self/clear_refs").write_text("5")
     except (OSError, AttributeError):
+        step()
         return None
     before = _status("VmRSS")
     step()
@@ -136,16 +140,16 @@ def memory_of(case: Case, contestant: str, threads: int) -> Memory:
         embeddings = case.embeddings()
         step = CONTESTANTS[contestant].steps(WORKLOADS[case.workload], embeddings).forward_backward
 
-        def fresh(measure: Callable[[Step], int | None]) -> int | None:
+        def fresh(measure: Callable[[Step], _Figure]) -> _Figure:
             for leaf in embeddings:
                 leaf.grad = None
             return measure(step)
 
         step()
-        seconds = timeit.Timer(step, timer=drained_clock).timeit(1)
-        if case.device == "cpu":
-            return Memory(fresh(cpu_peak) or 0, fresh(resident_peak), seconds)
-        return Memory(fresh(accelerator_peak) or 0, None, seconds)
+        peak = fresh(cpu_peak) if case.device == "cpu" else fresh(accelerator_peak)
+        start = drained_clock()
+        resident = fresh(resident_peak) if case.device == "cpu" else fresh(lambda step: step())
+        return Memory(peak, resident, drained_clock() - start)
     except Exception as error:  # a contestant that cannot run is a result, and the others go on
         return Memory(missing=describe(error))
     finally:
@@ -160,6 +164,7 @@ class MemoryProcess:
         self.contestant, self.threads = contestant, threads
         # the profiler's own notes would run through the progress bar
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         self._pool = self._start()
 
     def _start(self) -> ProcessPoolExecutor:

@@ -21,8 +21,9 @@ from tileloss.bench.workloads import DTYPES, WORKLOADS, Case
 
 # a materialised form keeps several B x M matrices: logits, scaled logits, probabilities, gradient; used until measured
 _GUESSED_MATRICES = 5
-# to plan by: steps taken to measure one memory, and how long forward takes beside forward and backward
-_MEMORY_STEPS, _FORWARD_SHARE = 4, 0.5
+# to plan by: how many steps one memory takes, how long forward takes beside forward and backward, and how much of the
+# time limit may go into measuring memory
+_MEMORY_STEPS, _FORWARD_SHARE, _MEMORY_SHARE = 3, 0.5, 0.6
 
 
 @dataclass
@@ -76,8 +77,8 @@ def sweep(cases: Iterable[Case], contestants: Sequence[str], rounds: int, limits
     Args:
         cases: what to measure; run in order of their cost.
         contestants: keys of `CONTESTANTS`.
-        rounds: how many samples of each time.
-        limits: of memory and time. Up to half of the time may go into measuring memory.
+        rounds: how many samples of each time at least.
+        limits: of memory and time.
 
     Returns:
         By case and contestant (and `FLOOR`) what was measured, or why it was not.
@@ -85,22 +86,24 @@ def sweep(cases: Iterable[Case], contestants: Sequence[str], rounds: int, limits
     results: Results = {
         case: {name: Outcome() for name in (*contestants, FLOOR)} for case in sorted(cases, key=lambda case: case.cost)
     }
-    with tqdm(total=len(results) * len(contestants), desc="memory", unit="step") as progress:
-        for name in contestants:
-            _measure_memory(name, results, limits, progress)
+    # those first whose memory ends them early: what they do not use of their part of the time, the others may
+    order = sorted(contestants, key=lambda name: not CONTESTANTS[name].materialises)
+    with tqdm(total=len(results) * len(order), desc="memory", unit="step") as progress:
+        for position, name in enumerate(order, start=1):
+            _measure_memory(name, results, limits, _MEMORY_SHARE * position / len(order), progress)
     for case in tqdm(results, desc="time", unit="case"):
         _measure_time(case, results[case], rounds, limits)
     return results
 
 
-def _measure_memory(name: str, results: Results, limits: Limits, progress: tqdm) -> None:
-    """One contestant's memory in all cases, in a process of its own."""
+def _measure_memory(name: str, results: Results, limits: Limits, share: float, progress: tqdm) -> None:
+    """One contestant's memory in all cases, in a process of its own, before that share of the time limit is over."""
     reached: dict[tuple, tuple[Case, Memory]] = {}  # by curve: the largest case that was tried
     with MemoryProcess(name, torch.get_num_threads()) as process:
         for case, outcomes in results.items():
-            progress.set_postfix_str(f"{name}, {case}")
+            progress.set_postfix_str(f"{name}, {case}", refresh=False)
             outcome, before = outcomes[name], reached.get(case.group)
-            outcome.missing = _obstacle(name, case, before, limits)
+            outcome.missing = _obstacle(name, case, before, limits, share)
             if outcome.missing is None:
                 outcome.memory = process.measure(case)
                 outcome.missing = outcome.memory.missing
@@ -110,7 +113,7 @@ def _measure_memory(name: str, results: Results, limits: Limits, progress: tqdm)
             progress.update()
 
 
-def _obstacle(name: str, case: Case, before: tuple[Case, Memory] | None, limits: Limits) -> str | None:
+def _obstacle(name: str, case: Case, before: tuple[Case, Memory] | None, limits: Limits, share: float) -> str | None:
     """Why not to try this case, by what the next smaller one on the curve needed; None: try it."""
     similarities = case.batch * case.docs
     needed = _GUESSED_MATRICES * similarities * DTYPES[case.dtype].itemsize if CONTESTANTS[name].materialises else 0
@@ -120,8 +123,8 @@ def _obstacle(name: str, case: Case, before: tuple[Case, Memory] | None, limits:
             return memory.missing
         growth = case.batch / smaller.batch
         needed = round(memory.peak * growth ** (2 if CONTESTANTS[name].materialises else 1))
-        if limits.exceeded_by(_MEMORY_STEPS * memory.seconds * growth**2, share=0.5):
-            return "left out: half of the time limit would be over before its memory was measured"
+        if limits.exceeded_by(_MEMORY_STEPS * memory.seconds * growth**2, share):
+            return f"left out: measuring memory at B={case.batch} would take more than its part of the time limit"
     available = limits.memory if limits.memory is not None else available_memory(case.device)
     if available is not None and needed > available:
         return f"left out: B={case.batch} would need about {needed / 2**30:.1f} GiB of {available / 2**30:.1f} GiB"

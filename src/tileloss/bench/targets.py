@@ -11,7 +11,7 @@ from typing import Any
 
 from tileloss.bench.contestants import FLOOR, SENTENCE_TRANSFORMERS, TILELOSS
 from tileloss.bench.report import peak, ratio
-from tileloss.bench.sweep import Results
+from tileloss.bench.sweep import Outcome, Results
 from tileloss.bench.workloads import Case
 
 TARGET_WIDTH = 384
@@ -53,57 +53,68 @@ TARGETS = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """A target beside what was measured; None where there is no figure, and then it is not reached."""
+    """A target beside what was measured of tileloss, of sentence-transformers and of the floor."""
 
     target: Target
-    speed_up: float | None
-    memory: float | None
-    floor: float | None
+    ours: Outcome
+    theirs: Outcome
+    floor: Outcome
+
+    @property
+    def speed_up(self) -> float | None:
+        """How many times as fast as sentence-transformers; None without both figures, as below."""
+        return ratio(self.theirs.seconds, self.ours.seconds)
+
+    @property
+    def memory(self) -> float | None:
+        """Which share of its extra peak memory."""
+        return ratio(peak(self.ours), peak(self.theirs))
+
+    @property
+    def times_floor(self) -> float | None:
+        """How many times as long as the three matrix products."""
+        return ratio(self.ours.seconds, self.floor.seconds)
 
     @property
     def reached(self) -> bool:
-        """Whether every part of the promise is kept."""
-        if self.speed_up is None or self.memory is None or self.floor is None:
+        """Whether every part of the promise is kept; without a figure it is not."""
+        if self.speed_up is None or self.memory is None or self.times_floor is None:
             return False
-        within_floor = self.target.floor is None or self.floor <= self.target.floor
+        within_floor = self.target.floor is None or self.times_floor <= self.target.floor
         return self.speed_up >= self.target.speed_up and self.memory <= self.target.memory and within_floor
 
     def record(self) -> dict[str, Any]:
         """The verdict for the JSON file."""
-        measured = {"speed_up": self.speed_up, "memory": self.memory, "floor": self.floor}
+        measured = {"speed_up": self.speed_up, "memory": self.memory, "floor": self.times_floor}
         return {"target": vars(self.target), "measured": measured, "reached": self.reached}
 
 
 def judge(results: Results) -> list[Verdict]:
     """Hold the results of the targets' cases against the targets, in their order."""
-    verdicts = []
-    for target in TARGETS:
-        outcomes = results[target.case]
-        ours, theirs = outcomes[TILELOSS], outcomes[SENTENCE_TRANSFORMERS]
-        verdicts.append(
-            Verdict(
-                target,
-                speed_up=ratio(theirs.seconds, ours.seconds),
-                memory=ratio(peak(ours), peak(theirs)),
-                floor=ratio(ours.seconds, outcomes[FLOOR].seconds),
-            )
-        )
-    return verdicts
+    return [
+        Verdict(target, *(results[target.case][name] for name in (TILELOSS, SENTENCE_TRANSFORMERS, FLOOR)))
+        for target in TARGETS
+    ]
 
 
 def verdict_table(verdicts: list[Verdict]) -> str:
     """One line per target: measured, and in brackets what was promised."""
-    lines = [f"{'target':<26} {'speed-up':>16} {'memory':>18} {'x floor':>16}  reached"]
+    lines = [f"{'target':<24} {'ms, theirs -> ours':>20} {'speed-up':>14} {'memory':>16} {'x floor':>14}  reached"]
     for verdict in verdicts:
         target = verdict.target
         lines.append(
-            f"{f'{target.workload}, B={target.batch}':<26}"
-            f" {_pair(verdict.speed_up, f'>= {target.speed_up:g}'):>16}"
-            f" {_pair(verdict.memory, f'<= {target.memory:g}'):>18}"
-            f" {_pair(verdict.floor, f'<= {target.floor:g}' if target.floor else ''):>16}"
+            f"{f'{target.workload}, B={target.batch}':<24}"
+            f" {f'{_milliseconds(verdict.theirs)} -> {_milliseconds(verdict.ours)}':>20}"
+            f" {_pair(verdict.speed_up, f'>= {target.speed_up:g}'):>14}"
+            f" {_pair(verdict.memory, f'<= {target.memory:g}'):>16}"
+            f" {_pair(verdict.times_floor, f'<= {target.floor:g}' if target.floor else ''):>14}"
             f"  {'yes' if verdict.reached else 'no'}"
         )
     return "\n".join(lines)
+
+
+def _milliseconds(outcome: Outcome) -> str:
+    return "-" if outcome.seconds is None else f"{1e3 * outcome.seconds:.4g}"
 
 
 def _pair(measured: float | None, promised: str) -> str:
