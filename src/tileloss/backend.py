@@ -31,7 +31,7 @@ _TRITON_DEVICES = ("cuda", "xpu")  # ROCm tensors call themselves cuda
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # the number of similarities below which the materialised form is at least as fast; see docs/measured.md
-_SMALL = {"cpu": 128 * 128, "cuda": 1024 * 1024, "xpu": 1024 * 1024}
+_SMALL = {"cpu": 256 * 256, "cuda": 1024 * 1024, "xpu": 1024 * 1024}
 
 _Fn = TypeVar("_Fn", bound=Callable[..., Any])
 _forced: str | None = None

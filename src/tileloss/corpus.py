@@ -38,7 +38,18 @@ logger = logging.getLogger(__name__)
 
 # tests document themselves, not a task; vendored copies and other environments are someone else's code seen twice
 SKIPPED_FOLDERS = frozenset(
-    {"__pycache__", "_vendor", "dist-packages", "extern", "idle_test", "site-packages", "test", "testing", "tests", "vendor"}
+    {
+        "__pycache__",
+        "_vendor",
+        "dist-packages",
+        "extern",
+        "idle_test",
+        "site-packages",
+        "test",
+        "testing",
+        "tests",
+        "vendor",
+    }
 )
 MINIMUM_WORDS = 4
 MAXIMUM_FILE_BYTES = 1_000_000

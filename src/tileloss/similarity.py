@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +24,11 @@ _Fn = TypeVar("_Fn", bound=Callable[..., Tensor])
 def up(x: Tensor) -> Tensor:
     """Raise floats narrower than 32 bits to float32; leave every other dtype as it is."""
     return x.float() if x.is_floating_point() and x.element_size() < 4 else x
+
+
+def full_precision(device_type: str) -> AbstractContextManager[Any]:
+    """A block in which autocast does not narrow the GEMMs: inputs count as given, sums in at least float32."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def _rows(x: Any) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from tileloss import backend, reference
 from tileloss.errors import DeviceError, DtypeError, InputError, ShapeError
 from tileloss.functional.contrastive_op import block_loss
-from tileloss.similarity import SimilarityFn, is_rowwise, up
+from tileloss.similarity import SimilarityFn, full_precision, is_rowwise, up
 from tileloss.spec import ContrastiveSpec
 
 
@@ -127,7 +127,7 @@ def _contrastive(
     doc_ids, mask = _exclusions(exclude, len(queries), docs)
     choice = backend.choose(_narrowest(queries, docs), len(queries) * len(docs), _obstacles(spec, queries))
     if choice.backend == "reference":
-        with torch.autocast(queries.device.type, enabled=False):
+        with full_precision(queries.device.type):
             loss, stats = reference.contrastive_loss(queries, docs, scale, spec, doc_ids, mask)
     else:
         loss, stats = block_loss(queries, docs, scale, spec, doc_ids, mask, choice.backend)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tileloss import reference, tiled
+from tileloss.similarity import full_precision
 from tileloss.spec import ContrastiveSpec
 from tileloss.tiled import Needs
 
@@ -134,7 +135,7 @@ def _through_definition(
     """The gradients as a differentiable function of the inputs, by the materialised definition."""
     # as nodes of their own: the gradient of an input that was computed from another must not flow on into that one too
     queries, docs, scale = (x.view_as(x) if isinstance(x, Tensor) else x for x in inputs)
-    with torch.autocast(d_loss.device.type, enabled=False):
+    with full_precision(d_loss.device.type):
         loss, _ = reference.contrastive_loss(queries, docs, scale, spec, doc_ids, mask)
         wanted = [x for x, need in zip((queries, docs, scale), needs, strict=True) if need]
         found = iter(torch.autograd.grad(loss, wanted, d_loss, create_graph=True))

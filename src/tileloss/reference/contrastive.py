@@ -9,6 +9,7 @@ backends compute is measured against this file.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tileloss.similarity import SIMILARITIES
@@ -49,13 +50,14 @@ def contrastive_loss(
         if "doc_to_query" in blocks:
             blocks["doc_to_query"] = blocks["doc_to_query"].masked_fill(masked[:, :size].T, NEG_INF)
 
-    positive_logits = blocks["query_to_doc"].diagonal()
-    if spec.partition == "joint":
-        rows = [torch.cat(list(blocks.values()), dim=1) if len(blocks) > 1 else blocks["query_to_doc"]]
-    else:
-        rows = list(blocks.values())
-    normaliser = sum((row.logsumexp(dim=1) for row in rows[1:]), rows[0].logsumexp(dim=1)) / len(rows)
-    return (normaliser - positive_logits).mean(), statistics(raw.detach(), masked)
+    # in every softmax the positive of row i stands in column i, for query_to_doc comes first and doc_to_query alone
+    rows = list(blocks.values())
+    if spec.partition == "joint" and len(rows) > 1:
+        rows = [torch.cat(rows, dim=1)]
+    target = torch.arange(size, device=queries.device)
+    losses = [F.cross_entropy(row, target) for row in rows]
+    loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+    return loss, statistics(raw.detach(), masked)
 
 
 def same_id(row_ids: Tensor, doc_ids: Tensor) -> Tensor:
@@ -105,6 +107,7 @@ def statistics(
     """Share of queries whose positive beats every negative, mean positive and mean hardest-negative similarity."""
     positive = similarities.diagonal()
     negatives = similarities if masked is None else similarities.masked_fill(masked, NEG_INF)
-    nothing = torch.full_like(positive, NEG_INF)
-    hardest = negatives.diagonal_scatter(nothing).amax(dim=1) if len(positive) else nothing
-    return torch.stack([(positive > hardest).to(hardest.dtype).mean(), positive.mean(), hardest.mean()]).float()
+    if len(positive) == 0:
+        return similarities.new_full((3,), float("nan"), dtype=torch.float32)
+    hardest = negatives.diagonal_scatter(positive.new_full((len(positive),), NEG_INF)).amax(dim=1)
+    return torch.stack([(positive > hardest).to(hardest.dtype), positive, hardest]).mean(dim=1).float()

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tileloss.similarity import full_precision
 from tileloss.spec import ContrastiveSpec
 from tileloss.tiled.passes import NEG_INF, Passes, Problem, Tile
 from tileloss.tiled.similarity import RowwiseCallable, block_similarity
@@ -76,7 +77,7 @@ def contrastive_loss(
     similarities of bounded size. Time: three GEMMs of B x M x D, or four with doc_to_query.
     """
     passes = passes_class(Problem(len(queries), len(docs), scale, spec, doc_ids, mask), queries, docs)
-    with torch.autocast(queries.device.type, enabled=False):
+    with full_precision(queries.device.type):
         return _Walk(queries, docs, passes, needs).run()
 
 

@@ -1,0 +1,291 @@
+"""Training an embedding model with a tileloss loss, on `transformers.Trainer`.
+
+Problem: the Trainer expects a model that returns its own loss; an embedding loss instead wants every text column
+embedded by the model, the whole batch at once. Method: a collator that tokenises each text column into a feature dict, a
+`compute_loss` that hands them to the loss, and an `evaluate` that measures retrieval. Everything else (devices,
+mixed precision, accumulation, schedules, logging, checkpoints) is the Trainer's. Trade-off: gradient accumulation
+averages the losses of small batches; it does not make the batch larger, which is what in-batch negatives live on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from tileloss.data import find_label_column, find_text_columns
+from tileloss.encoder import Features, embed_texts
+from tileloss.errors import InputError
+from tileloss.evaluation import RetrievalTask, retrieval_metrics, retrieval_ranks
+from tileloss.similarity import SIMILARITIES, cos_sim, recognise
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+LOSS_FILE = "loss.safetensors"
+Preprocess = Callable[[list[str]], Features]
+
+
+class PairCollator:
+    """Turns rows into {"features": one feature dict per text column, "labels": (B, ...) tensor or None}.
+
+    Args:
+        preprocess: turns a list of texts into a feature dict of tensors.
+        text_columns: the columns to tokenise, in this order.
+        label_column: the column that becomes "labels", if any.
+    """
+
+    def __init__(self, preprocess: Preprocess, text_columns: Sequence[str], label_column: str | None = None) -> None:
+        self.preprocess = preprocess
+        self.text_columns = tuple(text_columns)
+        self.label_column = label_column
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        features = [dict(self.preprocess([row[column] for row in rows])) for column in self.text_columns]
+        batch: dict[str, Any] = {"features": features}
+        if self.label_column is not None:
+            batch["labels"] = torch.tensor([row[self.label_column] for row in rows])
+        return batch
+
+
+class _ZeroLossGradients(TrainerCallback):
+    """The Trainer zeroes the gradients of its model only; those of the loss's own parameters are zeroed here."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self.parameters = list(parameters)
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+
+class EmbeddingTrainer(Trainer):
+    """A `transformers.Trainer` for embedding models.
+
+    Args:
+        model: any module that maps a feature dict to one with "sentence_embedding" (B, D): an encoder of
+            `tileloss.encoder`, a SentenceTransformer, or your own.
+        args: as for the Trainer. `remove_unused_columns` is switched off: the columns are chosen here.
+        loss: a module that is called as `loss(features, labels)` with a list of feature dicts and returns a scalar.
+            It holds `model` as a submodule; parameters of its own (a learnable temperature) are trained and saved too.
+        train_dataset: rows with text columns (anchor, positive, then any negatives) and perhaps "label" or "labels".
+        eval_dataset: rows like those, or a dict of such datasets; see `evaluate`.
+        text_columns: the text columns in order; by default all columns but the label.
+        preprocess: turns a list of texts into a feature dict; by default `model.preprocess` or `model.tokenize`.
+        **kwargs: what else the Trainer takes (callbacks, optimizers, ...).
+
+    Raises:
+        InputError: for wrong columns, a model without `preprocess`, a loss that does not hold the model, or fewer rows
+            than a batch where `dataloader_drop_last` leaves none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        loss: nn.Module,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        *,
+        text_columns: Sequence[str] | None = None,
+        preprocess: Preprocess | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.preprocess = _preprocess_of(model) if preprocess is None else preprocess
+        shared = {id(parameter) for parameter in model.parameters()}
+        if not shared & {id(parameter) for parameter in loss.parameters()}:
+            raise InputError(
+                f"{type(loss).__name__} does not hold the model to be trained, so nothing would be learned. "
+                "Construct the loss with the same model: trainer = EmbeddingTrainer(model, args, Loss(model), ...)."
+            )
+        args.remove_unused_columns = False
+        datasets = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+        given = [dataset for dataset in (train_dataset, *datasets) if dataset is not None]
+        columns: Sequence[str] = text_columns or ()
+        for dataset in given:
+            # an evaluation set has the columns of the training set
+            columns = find_text_columns(dataset, columns or None)
+        self.text_columns = tuple(columns)
+        self.loss = loss
+        self._loss_model = model
+        self._own_parameters = {n: p for n, p in loss.named_parameters() if id(p) not in shared}
+        self._tasks: dict[int, tuple[Dataset, RetrievalTask]] = {}
+        self._stats: dict[str, Tensor] = {}
+        self._stats_steps = 0
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=PairCollator(
+                self.preprocess, self.text_columns, find_label_column(given[0]) if given else None
+            ),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            **kwargs,
+        )
+        # the loss is a mean over the batch: the Trainer has to divide it by the number of accumulated batches
+        self.model_accepts_loss_kwargs = False
+        self.loss.to(args.device)
+        if self._own_parameters:
+            self.add_callback(_ZeroLossGradients(self._own_parameters.values()))
+        if train_dataset is not None and args.dataloader_drop_last and len(train_dataset) < args.train_batch_size:
+            raise InputError(
+                f"{len(train_dataset)} rows are less than one batch of {args.train_batch_size}, and incomplete batches "
+                "are dropped. Lower per_device_train_batch_size, or switch dataloader_drop_last off."
+            )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's optimiser over the parameters of the model and those of the loss itself."""
+        own = nn.ParameterDict({name.replace(".", "_"): p for name, p in self._own_parameters.items()})
+        return super().create_optimizer(nn.ModuleList([self.model if model is None else model, own]))
+
+    def _use_in_loss(self, model: nn.Module) -> None:
+        """Put the wrapped model (data parallel, compiled) in the place of the plain one wherever the loss holds it."""
+        if model is self._loss_model:
+            return
+        for module in list(self.loss.modules()):
+            for name, child in list(module.named_children()):
+                if child is self._loss_model:
+                    setattr(module, name, model)
+        self._loss_model = model
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of one batch. Its `stats`, where it has any, are averaged into the next log entry."""
+        self._use_in_loss(model)
+        loss = self.loss(inputs["features"], inputs.get("labels"))
+        stats = getattr(self.loss, "stats", None)
+        if stats is not None and model.training:
+            for name, value in stats._asdict().items():
+                self._stats[name] = self._stats.get(name, 0.0) + value.detach()
+            self._stats_steps += 1
+        return (loss, {}) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The Trainer's step; over several processes the gradients of the loss's own parameters are averaged."""
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.num_processes > 1 and self.accelerator.sync_gradients:
+            for parameter in self._own_parameters.values():
+                if parameter.grad is not None:
+                    parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log `logs`, and with a training loss the mean of the loss's `stats` since the last one."""
+        if "loss" in logs and self._stats_steps:
+            logs |= {name: (total / self._stats_steps).item() for name, total in self._stats.items()}
+            self._stats, self._stats_steps = {}, 0
+        super().log(logs, start_time)
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | dict[str, Dataset] | str | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Retrieval over the whole evaluation set: recall@1, recall@10, MRR@10, and the seconds it took.
+
+        The distinct texts of all but the anchor column are the candidates; the similarity is that of the loss, cosine
+        where it names none. Every process evaluates the whole set. Time: one pass of the model over the texts, then
+        O(queries * candidates * dimension). Memory: the embeddings and 64 MiB.
+
+        Raises:
+            InputError: when there is no evaluation set, or its columns are not those of the training set.
+        """
+        chosen = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(chosen, str):
+            chosen = self.eval_dataset[chosen]
+        if isinstance(chosen, dict):
+            metrics: dict[str, float] = {}
+            for name, dataset in chosen.items():
+                metrics |= self.evaluate(dataset, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
+        if chosen is None:
+            raise InputError("There is no dataset to evaluate on; pass eval_dataset to the trainer or to evaluate().")
+        start = time.perf_counter()
+        task = self._task(chosen)
+        queries, documents = (
+            embed_texts(self.model, self.preprocess, texts, batch_size=self.args.eval_batch_size).to(self.args.device)
+            for texts in (task.queries, task.documents)
+        )
+        ranks = retrieval_ranks(queries, documents, task.relevant, self._similarity())
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in retrieval_metrics(ranks).items()}
+        metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - start, 4)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _task(self, dataset: Dataset) -> RetrievalTask:
+        # kept with the dataset itself, whose id is then not given to another
+        if id(dataset) not in self._tasks:
+            columns = find_text_columns(dataset, self.text_columns or None)
+            self._tasks[id(dataset)] = (dataset, RetrievalTask.from_dataset(dataset, columns))
+        return self._tasks[id(dataset)][1]
+
+    def _similarity(self) -> Callable[[Tensor, Tensor], Tensor]:
+        similarity = recognise(getattr(self.loss, "similarity_fct", cos_sim))
+        return SIMILARITIES[similarity] if isinstance(similarity, str) else similarity
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write the model as `save_pretrained` does, the loss's own parameters, and the arguments as JSON.
+
+        A model without both `save_pretrained` and `from_pretrained` is written as its state dict.
+        """
+        from safetensors.torch import save_file
+
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        if _is_self_describing(self.model) or (state_dict is None and not self.is_in_train and _can_save(self.model)):
+            self.model.save_pretrained(str(folder))
+        else:
+            super()._save(str(folder), state_dict)
+            # pickled arguments would be executed by whoever loads them
+            (folder / "training_args.bin").unlink(missing_ok=True)
+        if self._own_parameters:
+            weights = {name: p.detach().cpu().contiguous() for name, p in self._own_parameters.items()}
+            save_file(weights, folder / LOSS_FILE)
+        (folder / "training_args.json").write_text(self.args.to_json_string() + "\n")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load the model and the loss's own parameters from a checkpoint that `_save` wrote."""
+        from safetensors.torch import load_file
+
+        if _is_self_describing(self.model):
+            self.model.load_state_dict(self.model.from_pretrained(resume_from_checkpoint).state_dict())
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._own_parameters:
+            weights = load_file(Path(resume_from_checkpoint) / LOSS_FILE)
+            with torch.no_grad():
+                for name, parameter in self._own_parameters.items():
+                    parameter.copy_(weights[name])
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+def _is_self_describing(model: nn.Module) -> bool:
+    return _can_save(model) and hasattr(type(model), "from_pretrained")
+
+
+def _can_save(model: nn.Module) -> bool:
+    return hasattr(model, "save_pretrained")
+
+
+def _preprocess_of(model: nn.Module) -> Preprocess:
+    for name in ("preprocess", "tokenize"):
+        if callable(method := getattr(model, name, None)):
+            return method
+    raise InputError(
+        f"{type(model).__name__} has neither a method `preprocess` nor `tokenize`; pass preprocess=, a function that "
+        "turns a list of texts into a dict of tensors."
+    )
