@@ -188,7 +188,7 @@ def test_a_sweep_from_the_command_line(
     assert ours["forward_backward"]["examples_per_second"] == pytest.approx(
         256 / sorted(ours["forward_backward"]["seconds"])[1]
     )
-    assert 2 * 256 * 16 * 4 <= ours["peak_bytes"] <= MIB
+    assert 2 * 256 * 16 * 4 <= ours["peak_bytes"] <= 2 * MIB
     assert next(tmp_path.glob("sweep-cpu-*-default.png")).read_bytes().startswith(b"\x89PNG")
 
 
