@@ -120,9 +120,10 @@ def _contrastive(
     hardness: tuple[str | None, float] | None,
     exclude: Tensor | None,
 ) -> tuple[Tensor, ContrastiveStats]:
-    directions = directions if isinstance(directions, str) else tuple(directions)
-    spec = ContrastiveSpec(similarity, directions, partition, *(hardness or ()))  # type: ignore[arg-type]
+    directions = directions if isinstance(directions, str) else tuple(directions or ())
+    spec = ContrastiveSpec(similarity, directions, partition, *_mode_and_strength(hardness))  # type: ignore[arg-type]
     check_scale(scale)
+    scale = scale.reshape(()) if isinstance(scale, Tensor) else scale  # so that its dtype never decides the result's
     _check_embeddings(queries, docs, spec)
     doc_ids, mask = _exclusions(exclude, len(queries), docs)
     choice = backend.choose(_narrowest(queries, docs), len(queries) * len(docs), _obstacles(spec, queries))
@@ -132,6 +133,14 @@ def _contrastive(
     else:
         loss, stats = block_loss(queries, docs, scale, spec, doc_ids, mask, choice.backend)
     return loss, ContrastiveStats(*stats.unbind())
+
+
+def _mode_and_strength(hardness: tuple[str | None, float] | None) -> tuple[str | None, float]:
+    if hardness is None:
+        return None, 0.0
+    if isinstance(hardness, str) or len(hardness) != 2:
+        raise InputError(f"hardness must be a pair (mode, strength), got {hardness!r}.")
+    return hardness
 
 
 def check_scale(scale: float | Tensor) -> None:
@@ -174,6 +183,8 @@ def _exclusions(exclude: Tensor | None, size: int, docs: Tensor) -> tuple[Tensor
     """Ids of all documents (M,), or a boolean mask (B, M), from what the caller gave."""
     if exclude is None:
         return None, None
+    if not isinstance(exclude, Tensor):
+        raise InputError(f"exclude must be a tensor of integer ids or booleans, got {type(exclude).__name__}.")
     count = len(docs)
     if exclude.device != docs.device:
         raise DeviceError(f"exclude is on {exclude.device} and the embeddings on {docs.device}; move it there.")

@@ -22,14 +22,14 @@ from tileloss.tiled import Needs
 def block_loss(
     queries: Tensor,  # (B, D)
     docs: Tensor,  # (M, D)
-    scale: float | Tensor,
+    scale: float | Tensor,  # a tensor: 0-dim
     spec: ContrastiveSpec,
     doc_ids: Tensor | None,  # (M,)
     mask: Tensor | None,  # (B, M)
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Loss (0-dim) and statistics (3,) by the block algorithms of a backend, as a node of the autograd graph."""
-    number, tensor = (0.0, scale.reshape(())) if isinstance(scale, Tensor) else (float(scale), None)
+    number, tensor = (0.0, scale) if isinstance(scale, Tensor) else (float(scale), None)
     recording = torch.is_grad_enabled()
     needs = [recording and x is not None and x.requires_grad for x in (queries, docs, tensor)]
     if not isinstance(spec.similarity, str):
