@@ -126,7 +126,7 @@ def _contrastive(
     scale = scale.reshape(()) if isinstance(scale, Tensor) else scale  # so that its dtype never decides the result's
     _check_embeddings(queries, docs, spec)
     doc_ids, mask = _exclusions(exclude, len(queries), docs)
-    choice = backend.choose(_narrowest(queries, docs), len(queries) * len(docs), _obstacles(spec, queries))
+    choice = backend.choose(_narrowest(queries, docs), len(queries) * len(docs), _obstacles(spec, queries, docs))
     if choice.backend == "reference":
         with full_precision(queries.device.type):
             loss, stats = reference.contrastive_loss(queries, docs, scale, spec, doc_ids, mask)
@@ -209,15 +209,16 @@ def _narrowest(queries: Tensor, docs: Tensor) -> Tensor:
     return queries if queries.element_size() >= docs.element_size() else docs
 
 
-def _obstacles(spec: ContrastiveSpec, queries: Tensor) -> dict[str, str]:
+def _obstacles(spec: ContrastiveSpec, queries: Tensor, docs: Tensor) -> dict[str, str]:
     """Why a backend cannot serve this call."""
     if len(queries) == 0:
         return dict.fromkeys(("tiled", "triton"), "an empty batch has no blocks")
     if not is_rowwise(spec.similarity):
         reason = f"the similarity {spec.similarity!r} is none of the four known ones nor declared by tileloss.rowwise"
         return dict.fromkeys(("tiled", "triton"), reason)
-    if not isinstance(spec.similarity, str):
-        return {"triton": f"the similarity {spec.similarity!r} is a Python function, computed in row blocks by autograd"}
-    return {}
-
-
+    if isinstance(spec.similarity, str):
+        return {}
+    if spec.similarity(queries[:1].detach(), docs[:1].detach()).requires_grad:
+        reason = f"the similarity {spec.similarity!r} has parameters, whose gradients row blocks do not collect"
+        return dict.fromkeys(("tiled", "triton"), reason)
+    return {"triton": f"the similarity {spec.similarity!r} is a Python function, which autograd computes in row blocks"}

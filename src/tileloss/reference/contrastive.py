@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tileloss.similarity import SIMILARITIES
+from tileloss.similarity import SIMILARITIES, up
 from tileloss.spec import ContrastiveSpec
 
 NEG_INF = float("-inf")
@@ -30,7 +30,11 @@ def contrastive_loss(
 
     Differentiable any number of times. Time O(B M D) per direction; memory several (B, M) matrices per direction.
     """
-    similarity = SIMILARITIES[spec.similarity] if isinstance(spec.similarity, str) else spec.similarity
+    measure = SIMILARITIES[spec.similarity] if isinstance(spec.similarity, str) else spec.similarity
+
+    def similarity(a: Tensor, b: Tensor) -> Tensor:
+        return up(measure(a, b))  # the four known ones do so themselves, a caller's own may not
+
     size, positives = len(queries), docs[: len(queries)]
     raw = similarity(queries, docs)
     masked = excluded(size, len(docs), doc_ids, mask, queries.device)
