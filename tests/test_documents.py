@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import tileloss
+from tileloss.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
@@ -77,7 +78,7 @@ def test_commands_exist(path: Path) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = {name for names in re.findall(r"tileloss\[([a-z,]+)\]", code) for name in names.split(",")}
     assert extras <= set(project["optional-dependencies"])
-    assert set(re.findall(r"(?:^|[\s/])tileloss ([a-z]+)", code)) <= {"bench", "train"}
+    assert set(re.findall(r"(?:^|[\s/])tileloss ([a-z]+)", code)) <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=ids)
