@@ -56,7 +56,7 @@ MAXIMUM_FILE_BYTES = 1_000_000
 # where prose ends and reference begins: a field list, a doctest, a section title, or a directive
 _REFERENCE = re.compile(
     r"^\s*(:\w+|>>>|\.\. |@\w+|```|~~~"
-    r"|(args?|arguments?|attributes|examples?|inputs?|keyword args|keyword arguments|notes?|outputs?|parameters?|params"
+    r"|(args?|arguments?|attributes|examples?|inputs?|keyword arg(ument)?s|notes?|outputs?|param(eter)?s?"
     r"|raises|references|returns?|see also|shape|todo|usage|warnings?|yields?)\s*:?\s*$"
     r"|(args?|arguments?|returns?|raises|parameters?|yields?)\s*:)",
     re.IGNORECASE,

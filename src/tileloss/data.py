@@ -1,9 +1,9 @@
 """Training data: any dataset with an (anchor, positive[, negative...]) text column each, or the built-in corpus.
 
-Problem: pairs come as local files, as hub datasets, or not at all. Method: one function reads each of them through the
-`datasets` library, checks the columns before any work, and hands over a training part, a held-out part and the names of
-the text columns in their order. A dataset without a held-out split is split by a hash of the anchor, so that no anchor
-is in both parts and the split is the same in every run. Trade-off: the whole dataset is opened, not streamed.
+Problem: pairs come as local files, as hub datasets, or not at all. Method: one function reads each of them through
+the `datasets` library, checks the columns before any work, and hands over a training part, a held-out part and the
+names of the text columns in their order. A dataset without a held-out split is split by a hash of the anchor, so that
+no anchor is in both parts and the split is the same in every run. Trade-off: datasets are opened whole, not streamed.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def find_label_column(dataset: Dataset) -> str | None:
             feature = feature.feature
         if _is_text(feature) or isinstance(feature, dict):
             raise InputError(
-                f"The column {name!r} must hold numbers or lists of numbers, but its type is {dataset.features[name]}. "
+                f"The column {name!r} must hold numbers or lists of numbers, but it holds {dataset.features[name]}. "
                 f"Give every class a number, for instance with dataset.class_encode_column({name!r})."
             )
     return name
@@ -71,13 +71,15 @@ def find_text_columns(dataset: Dataset, names: Sequence[str] | None = None) -> t
         names: the columns to take, in this order; by default all but the label.
 
     Raises:
-        InputError: for an empty dataset, a column that does not exist, is no text or has missing values, a column named
-            twice, and fewer than two columns.
+        InputError: for an empty dataset, a column that does not exist, is no text or has missing values, one that is
+            named twice, and fewer than two columns.
     """
     columns = ", ".join(f"{name} ({feature.dtype if hasattr(feature, 'dtype') else feature})" for name, feature in dataset.features.items())  # fmt: skip  # noqa: E501
     if len(dataset) == 0:
         raise InputError(f"The dataset is empty. Its columns: {columns or 'none'}.")
-    chosen = tuple(name for name in dataset.column_names if name not in LABEL_COLUMNS) if names is None else tuple(names)
+    chosen = (
+        tuple(name for name in dataset.column_names if name not in LABEL_COLUMNS) if names is None else tuple(names)
+    )
     if unknown := [name for name in chosen if name not in dataset.column_names]:
         raise InputError(f"No column is called {unknown[0]!r}. There are: {columns}.")
     if len(set(chosen)) < len(chosen):
@@ -102,7 +104,9 @@ def _read(source: str, workers: int) -> Dataset | DatasetDict:
     path = Path(source)
     if path.is_file():
         if path.suffix not in FORMATS:
-            raise InputError(f"Cannot tell the format of {source!r}: expected a name that ends in {', '.join(FORMATS)}.")
+            raise InputError(
+                f"Cannot tell the format of {source!r}: expected a name that ends in {', '.join(FORMATS)}."
+            )
         options = {"delimiter": "\t"} if path.suffix == ".tsv" else {}
         reading = f"{source!r} as {FORMATS[path.suffix]}"
         load = lambda: load_dataset(FORMATS[path.suffix], data_files=str(path), split="train", **options)  # noqa: E731

@@ -1,10 +1,10 @@
 """Text encoders: modules that turn texts into one vector each, which a loss can train.
 
 Problem: a loss needs a model that maps a feature dict to one with `sentence_embedding`, saved in a form that can be
-loaded anywhere and safely. Method: one base class that tokenises, embeds, saves and loads, and two models: any model of
-the transformers library under mean, first-token or last-token pooling, and a static encoder that averages one learned
-vector per token. Trade-off: the static encoder knows no word order, but a step of it costs so little that it trains on a
-CPU in a minute, and the loss is most of the step.
+loaded anywhere and safely. Method: one base class that tokenises, embeds, saves and loads, and two models: any model
+of the transformers library under mean, first-token or last-token pooling, and a static encoder that averages one
+learned vector per token. Trade-off: the static encoder knows no word order, but a step of it costs so little that it
+trains on a CPU in a minute, and the loss is most of the step.
 
 A saved encoder is a folder of JSON, safetensors and tokenizer files; nothing in it is ever executed.
 """
@@ -77,7 +77,7 @@ def embed_texts(
     batch_size: int = 256,
     show_progress: bool = False,
 ) -> Tensor:  # (N, D) float32 on the CPU
-    """The embeddings of `texts` in their order, from any model that maps a feature dict to one with `sentence_embedding`.
+    """The embeddings of `texts` in their order, from any model that adds "sentence_embedding" to a feature dict.
 
     The model runs in evaluation mode on its own device and is left in the mode that it had. Texts are embedded longest
     first, so that a batch holds texts of similar length and a batch that does not fit shows at once.
@@ -175,7 +175,9 @@ class Encoder(nn.Module):
         self._save_weights(folder)
 
     @staticmethod
-    def from_pretrained(name_or_path: str | Path, *, pooling: str | None = None, max_length: int | None = None) -> Encoder:
+    def from_pretrained(
+        name_or_path: str | Path, *, pooling: str | None = None, max_length: int | None = None
+    ) -> Encoder:
         """Load what `save_pretrained` wrote, or any model of the transformers library, by folder or hub name.
 
         Args:
@@ -241,7 +243,9 @@ class TransformerEncoder(Encoder):
                 raise InputError("The tokenizer has neither a padding nor an end-of-text token; set its pad_token.")
             tokenizer.pad_token = tokenizer.eos_token
         if max_length is None:
-            max_length = min(tokenizer.model_max_length, getattr(transformer.config, "max_position_embeddings", 512), 512)
+            max_length = min(
+                tokenizer.model_max_length, getattr(transformer.config, "max_position_embeddings", 512), 512
+            )
         super().__init__(tokenizer, max_length)
         self.transformer = transformer
         self.pooling = pooling

@@ -71,7 +71,9 @@ def retrieval_ranks(
     relevant = relevant.to(queries.device)
     counts = torch.bincount(relevant[:, 0], minlength=len(queries))
     if len(counts) > len(queries) or not bool((counts > 0).all()):
-        raise ShapeError(f"Every one of {len(queries)} queries needs a relevant document, and no other query may have.")
+        raise ShapeError(
+            f"Every one of {len(queries)} queries needs a relevant document, and no other query may have."
+        )
     rows, columns = relevant[relevant[:, 0].argsort(stable=True)].T
     ends = counts.cumsum(0).tolist()
     block = max(1, BLOCK_ELEMENTS // len(documents))

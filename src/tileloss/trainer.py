@@ -1,8 +1,8 @@
 """Training an embedding model with a tileloss loss, on `transformers.Trainer`.
 
 Problem: the Trainer expects a model that returns its own loss; an embedding loss instead wants every text column
-embedded by the model, the whole batch at once. Method: a collator that tokenises each text column into a feature dict, a
-`compute_loss` that hands them to the loss, and an `evaluate` that measures retrieval. Everything else (devices,
+embedded by the model, the whole batch at once. Method: a collator that tokenises each text column into a feature dict,
+a `compute_loss` that hands them to the loss, and an `evaluate` that measures retrieval. Everything else (devices,
 mixed precision, accumulation, schedules, logging, checkpoints) is the Trainer's. Trade-off: gradient accumulation
 averages the losses of small batches; it does not make the batch larger, which is what in-batch negatives live on.
 """
@@ -110,7 +110,16 @@ class EmbeddingTrainer(Trainer):
         for dataset in given:
             # an evaluation set has the columns of the training set
             columns = find_text_columns(dataset, columns or None)
+        if train_dataset is not None and args.dataloader_drop_last and len(train_dataset) < args.train_batch_size:
+            raise InputError(
+                f"{len(train_dataset)} rows are less than one batch of {args.train_batch_size}, and incomplete "
+                "batches are dropped. Lower per_device_train_batch_size, or switch dataloader_drop_last off."
+            )
         self.text_columns = tuple(columns)
+        label_column = find_label_column(given[0]) if given else None
+        if train_dataset is not None:
+            # rows are decoded whole: what is not used would cost time in every batch
+            train_dataset = train_dataset.select_columns([*columns, *([label_column] if label_column else [])])
         self.loss = loss
         self._loss_model = model
         self._own_parameters = {n: p for n, p in loss.named_parameters() if id(p) not in shared}
@@ -120,9 +129,7 @@ class EmbeddingTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=PairCollator(
-                self.preprocess, self.text_columns, find_label_column(given[0]) if given else None
-            ),
+            data_collator=PairCollator(self.preprocess, self.text_columns, label_column),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             **kwargs,
@@ -132,11 +139,6 @@ class EmbeddingTrainer(Trainer):
         self.loss.to(args.device)
         if self._own_parameters:
             self.add_callback(_ZeroLossGradients(self._own_parameters.values()))
-        if train_dataset is not None and args.dataloader_drop_last and len(train_dataset) < args.train_batch_size:
-            raise InputError(
-                f"{len(train_dataset)} rows are less than one batch of {args.train_batch_size}, and incomplete batches "
-                "are dropped. Lower per_device_train_batch_size, or switch dataloader_drop_last off."
-            )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's optimiser over the parameters of the model and those of the loss itself."""
@@ -192,7 +194,7 @@ class EmbeddingTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Retrieval over the whole evaluation set: recall@1, recall@10, MRR@10, and the seconds it took.
+        """Retrieval over the whole evaluation set: recall@1, recall@10, MRR@10, candidates and seconds.
 
         The distinct texts of all but the anchor column are the candidates; the similarity is that of the loss, cosine
         where it names none. Every process evaluates the whole set. Time: one pass of the model over the texts, then
@@ -219,6 +221,7 @@ class EmbeddingTrainer(Trainer):
         )
         ranks = retrieval_ranks(queries, documents, task.relevant, self._similarity())
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in retrieval_metrics(ranks).items()}
+        metrics[f"{metric_key_prefix}_candidates"] = len(task.documents)
         metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - start, 4)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -242,6 +245,8 @@ class EmbeddingTrainer(Trainer):
         """
         from safetensors.torch import save_file
 
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         if _is_self_describing(self.model) or (state_dict is None and not self.is_in_train and _can_save(self.model)):

@@ -1,0 +1,143 @@
+"""What `tileloss train` can be told: the job's own options, the Trainer's with other defaults, and what they make."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import TrainingArguments
+
+from tileloss import losses
+from tileloss.data import BUILTIN, TrainingData
+from tileloss.encoder import POOLINGS, Encoder, StaticEncoder
+from tileloss.errors import InputError
+from tileloss.similarity import SIMILARITIES
+
+STATIC = "static"
+
+
+@dataclass
+class TrainJob:
+    """What to train, on what, with which loss."""
+
+    data: str = field(
+        default=BUILTIN,
+        metadata={
+            "help": "'builtin' (functions installed with this Python and their docstrings), a .json, .jsonl, .csv, "
+            ".tsv or .parquet file, the folder of a saved dataset, or a dataset on the hub; its columns are anchor, "
+            "positive and any negatives"
+        },
+    )
+    text_columns: list[str] | None = field(
+        default=None, metadata={"help": "names of the text columns in order; by default all but 'label' and 'labels'"}
+    )
+    held_out: float = field(
+        default=0.1, metadata={"help": "share of the data to evaluate on, where it has no test split"}
+    )
+    loss: str = field(default="MultipleNegativesRankingLoss", metadata={"help": "a class of tileloss.losses"})
+    loss_options: str = field(
+        default="{}",
+        metadata={"help": """arguments of the loss as JSON, such as '{"scale": 30, "similarity_fct": "dot"}'"""},
+    )
+    model: str = field(
+        default=STATIC,
+        metadata={
+            "help": "'static' (one vector per token, averaged, learned from nothing), or the folder or hub name of a "
+            "saved encoder or of any transformers model"
+        },
+    )
+    pooling: str | None = field(
+        default=None, metadata={"help": f"how a transformers model is pooled: {', '.join(POOLINGS)} [mean]"}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "tokens of a text that are read [static: 128, others: what the model takes]"}
+    )
+    dimension: int = field(default=256, metadata={"help": "values in an embedding of a static model"})
+    vocabulary_size: int = field(default=24_000, metadata={"help": "tokens of a static model's vocabulary, at most"})
+    compare_materialised: bool = field(
+        default=True, metadata={"help": "also measure a step of the loss with the whole matrix of similarities"}
+    )
+
+
+@dataclass
+class TrainArguments(TrainingArguments):
+    """The Trainer's arguments, with defaults that suit in-batch negatives."""
+
+    output_dir: str = field(default="runs/demo", metadata={"help": "folder for the model, its curves and its figures"})
+    per_device_train_batch_size: int | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "pairs per step and device [static: 4096, others: 64]"}
+    )
+    per_device_eval_batch_size: int | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "texts embedded at once in evaluation [static: 1024, others: 64]"}
+    )
+    learning_rate: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "highest learning rate [static: 0.1, others: 2e-5]"}
+    )
+    num_train_epochs: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "passes over the training part [static: 10, others: 1]"}
+    )
+    warmup_steps: float = field(default=0.1, metadata={"help": "steps of warm-up, or their share of all if below 1"})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "how the learning rate falls"})
+    logging_steps: float = field(default=5, metadata={"help": "steps between log entries, or their share if below 1"})
+    eval_strategy: str = field(default="epoch", metadata={"help": "when to evaluate: no, steps or epoch"})
+    save_strategy: str = field(default="no", metadata={"help": "when to write checkpoints: no, steps, epoch or best"})
+    dataloader_drop_last: bool = field(
+        default=True, metadata={"help": "leave out an epoch's incomplete batch, which has fewer negatives"}
+    )
+    report_to: str = field(default="none", metadata={"help": "trackers to report to, such as tensorboard"})
+
+    def fill(self, static: bool) -> None:
+        """Give what was left open its default for a static model, or for a transformers model."""
+        defaults = {
+            "per_device_train_batch_size": (4096, 64),
+            "per_device_eval_batch_size": (1024, 64),
+            "learning_rate": (0.1, 2e-5),
+            "num_train_epochs": (10, 1),
+        }
+        for name, (for_static, for_others) in defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, for_static if static else for_others)
+        # pinned memory speeds up copies to an accelerator; without one it is a warning in every run
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+
+
+def make_loss(name: str, options: str, model: nn.Module) -> nn.Module:
+    """The loss called `name` in `tileloss.losses`, around `model`, with the arguments in the JSON object `options`.
+
+    Similarities are given by name ("cosine", "dot", "euclidean", "manhattan").
+
+    Raises:
+        InputError: for an unknown loss or argument, or options that are no JSON object.
+    """
+    if name not in losses.__all__:
+        raise InputError(f"--loss {name}: there is no such loss. There are: {', '.join(losses.__all__)}.")
+    try:
+        arguments = json.loads(options)
+    except json.JSONDecodeError as error:
+        raise InputError(f"--loss_options {options!r} is no JSON: {error}.") from error
+    if not isinstance(arguments, dict):
+        raise InputError(f'--loss_options must be a JSON object such as {{"scale": 30}}, got {options!r}.')
+    kind = getattr(losses, name)
+    known = [parameter for parameter in inspect.signature(kind).parameters if parameter != "model"]
+    if unknown := sorted(set(arguments) - set(known)):
+        raise InputError(f"--loss_options: {name} has no argument {unknown[0]!r}. It has: {', '.join(known)}.")
+    if isinstance(similarity := arguments.get("similarity_fct"), str):
+        if similarity not in SIMILARITIES:
+            raise InputError(
+                f"--loss_options: similarity_fct must be one of {list(SIMILARITIES)}, got {similarity!r}."
+            )
+        arguments["similarity_fct"] = SIMILARITIES[similarity]
+    return kind(model, **arguments)
+
+
+def make_encoder(job: TrainJob, data: TrainingData, checkpoint: str | None) -> Encoder:
+    """The encoder that `job` describes; from `checkpoint`, if training is resumed from there."""
+    if checkpoint is None and job.model == STATIC:
+        texts = (text for column in data.text_columns for text in data.train[column])
+        return StaticEncoder.from_texts(
+            texts, dimension=job.dimension, vocabulary_size=job.vocabulary_size, max_length=job.max_length or 128
+        )
+    return Encoder.from_pretrained(checkpoint or job.model, pooling=job.pooling, max_length=job.max_length)

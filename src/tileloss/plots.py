@@ -1,0 +1,80 @@
+"""The pictures of a training run: how the loss fell and how retrieval improved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Record = Mapping[str, Any]
+
+
+def _new_figure(title: str, ylabel: str) -> tuple[Figure, Axes]:
+    # a figure of its own instead of pyplot: no global state, no window system
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title)
+    axes.set_xlabel("training step")
+    axes.set_ylabel(ylabel)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _series(history: Sequence[Record], key: str) -> tuple[list[int], list[float]]:
+    found = [(record["step"], record[key]) for record in history if key in record]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def plot_loss(history: Sequence[Record], path: Path, name: str) -> None:
+    """Draw "loss" (left axis) and, where the loss reports it, "accuracy" (right axis) over "step" into a PNG.
+
+    Args:
+        history: log records; those without "loss" are passed over.
+        path: the file to write.
+        name: what the loss is called in the title.
+    """
+    figure, axes = _new_figure(f"{name} while training", "loss (mean over the logging interval)")
+    lines = axes.plot(*_series(history, "loss"), color="tab:blue", label="loss")
+    axes.set_ylim(bottom=0)
+    steps, accuracy = _series(history, "accuracy")
+    if steps:
+        right = axes.twinx()
+        lines += right.plot(steps, accuracy, color="tab:orange", linestyle="--", label="in-batch accuracy")
+        right.set_ylabel("in-batch accuracy")
+        right.set_ylim(0, 1)
+        right.spines["top"].set_visible(False)
+    axes.legend(handles=lines, loc="center right", frameon=False)
+    figure.savefig(path)
+
+
+def plot_recall(history: Sequence[Record], path: Path, candidates: int) -> None:
+    """Draw recall@1, recall@10 and MRR@10 over "step" into a PNG; step 0 is the untrained model.
+
+    Args:
+        history: evaluation records with "eval_recall@1" and so on; others are passed over.
+        path: the file to write.
+        candidates: how many texts were searched, for the title.
+    """
+    figure, axes = _new_figure(f"Search among {candidates:,} held-out texts", "share of queries")
+    for key, label, marker in (
+        ("eval_recall@10", "recall@10", "o"),
+        ("eval_mrr@10", "MRR@10", "s"),
+        ("eval_recall@1", "recall@1", "^"),
+    ):
+        steps, values = _series(history, key)
+        (line,) = axes.plot(steps, values, marker=marker, markersize=4, label=label)
+        for position in (0, -1):
+            axes.annotate(
+                f"{values[position]:.2f}", (steps[position], values[position]),
+                xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8, color=line.get_color(),
+            )  # fmt: skip
+    axes.set_ylim(0, 1)
+    axes.legend(loc="upper left", frameon=False, ncols=3)
+    figure.savefig(path)
