@@ -22,11 +22,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from tileloss.errors import BackendError, FallbackWarning, InputError
+from tileloss.errors import BackendError, FallbackWarning, InputError, ShapeError
 
 BACKENDS = ("reference", "tiled", "triton")
 ENVIRONMENT_VARIABLE = "TILELOSS_BACKEND"
 
+_TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None  # looks for it without importing it
 _TRITON_DEVICES = ("cuda", "xpu")  # ROCm tensors call themselves cuda
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -92,11 +93,6 @@ def requested() -> str:
     return _check_name(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", f"the environment variable {ENVIRONMENT_VARIABLE}")
 
 
-@functools.cache
-def _triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter, which needs no GPU and serves CPU tensors (slowly, for tests)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -104,7 +100,7 @@ def interpreting() -> bool:
 
 def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why Triton kernels cannot serve such a tensor, or None."""
-    if not _triton_is_installed():
+    if not _TRITON_IS_INSTALLED:
         return "Triton is not installed (on Linux: pip install triton)"
     if device.type not in _TRITON_DEVICES and not (device.type == "cpu" and interpreting()):
         return f"Triton has no kernels for {device.type} tensors"
@@ -139,7 +135,7 @@ def choose(
         return Choice(name, "it was asked for by name")
     if similarities is not None and similarities <= _SMALL.get(tensor.device.type, 0):
         return Choice("reference", "at this size the materialised form is fastest")
-    best = "triton" if tensor.device.type in _TRITON_DEVICES and _triton_is_installed() else "tiled"
+    best = "triton" if tensor.device.type in _TRITON_DEVICES and _TRITON_IS_INSTALLED else "tiled"
     for name in (best, "tiled"):
         if name not in obstacles:
             break
@@ -164,9 +160,14 @@ def explain(
 ) -> str:
     """What would run for a batch of embeddings like `tensor`, and why: a sentence or two, for people to read.
 
+    Raises:
+        ShapeError: for a tensor that is no matrix.
+
     >>> print(explain(torch.randn(4096, 384)))
     An in-batch loss over 4,096 rows of 384 (float32, cpu) runs on the 'tiled' backend: it is the fastest for cpu tensors.
     """
+    if tensor.ndim != 2:
+        raise ShapeError(f"explain takes a matrix of embeddings (rows, dimension), got shape {tuple(tensor.shape)}.")
     rows, width = tensor.shape
     dtype = str(tensor.dtype).removeprefix("torch.")
     subject = f"An in-batch loss over {rows:,} rows of {width:,} ({dtype}, {tensor.device})"
