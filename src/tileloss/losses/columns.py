@@ -24,6 +24,9 @@ _ORACLE_MODULE = "sentence_transformers.base.losses.merged_forward"
 
 def embed_columns(model: nn.Module, columns: Iterable[Features]) -> list[Tensor]:
     """Embeddings (B, D) of each column, in order: the "sentence_embedding" that the model puts into its feature dict."""
+    columns = list(columns)
+    if not columns:
+        return []
     first, *others = columns
     embeddings = [model(first)["sentence_embedding"]]
     if not others:
