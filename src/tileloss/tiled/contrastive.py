@@ -122,7 +122,7 @@ class _Walk:
             block = buffer[: (stop - start) * sum(columns)].view(stop - start, -1)
             blocks = block.split(columns, dim=1)
             saved = [self._fill(m, t, b) for m, t, b in zip(matrices, tiles, blocks, strict=True)]
-            normaliser[start:stop], grads = self.passes.softmax_gradient(tiles, blocks, self.gradients)
+            normaliser[start:stop], grads = self.passes.softmax_gradient(tiles, block, self.gradients)
             if self.gradients:
                 for matrix, tile, grad, kept in zip(matrices, tiles, grads, saved, strict=True):
                     self._pull(matrix, tile, grad, kept)

@@ -41,6 +41,11 @@ class Tile:
         return slice(self.start, self.stop)
 
     @property
+    def width(self) -> int:
+        """The number of columns."""
+        return self.last - self.first
+
+    @property
     def twin_columns(self) -> slice:
         """The twin columns, in the block's numbering."""
         return slice(self.twins[0] - self.first, self.twins[1] - self.first)
@@ -105,10 +110,11 @@ class Passes:
     def softmax_gradient(
         self,
         tiles: Sequence[Tile],  # the same rows of every direction
-        blocks: Sequence[Tensor],  # (R, C) each: similarities; are overwritten
+        block: Tensor,  # (R, sum of C): similarities, tile beside tile; is overwritten
         gradients: bool,
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        """One softmax over the rows of all blocks together: its log-normaliser (R,) and the logits' gradients."""
+        """One softmax over the rows of all tiles together: its log-normaliser (R,) and each tile's logits' gradient."""
+        blocks = block.split([tile.width for tile in tiles], dim=1)
         for tile, block in zip(tiles, blocks):
             self._mask(tile, block)
             self._to_logits(tile, block)

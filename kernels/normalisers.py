@@ -1,0 +1,232 @@
+"""Log-sum-exps of the rows and twin columns of a matrix of products that is never stored.
+
+A GEMM whose epilogue keeps, of each tile of similarities, the log-sum-exp of every row and of every twin column, the
+positives and the hardest negatives. A second kernel merges the tiles' parts in a fixed order: no atomics, no locks, so
+two runs give the same bits. Rows are taken in bands, so that the parts stay within a few dozen megabytes whatever the
+batch. Of a symmetric matrix only the tiles that reach right of the diagonal are multiplied.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tileloss.kernels.launch import bucket, launch, shared_memory, tuned
+from tileloss.kernels.logits import (
+    DIRECTION_CODES,
+    LN_2,
+    LOG2_E,
+    QUERY_TO_DOC,
+    Objective,
+    candidates,
+    to_logits,
+)
+from tileloss.tiled.passes import NEG_INF, Tile
+
+_PARTS_BYTES = 96 << 20
+_MERGED_PARTS, _MERGED_COLUMNS = 32, 64
+
+CONFIGS = [
+    triton.Config({"GROUP": 8}, num_warps=8, num_stages=3),
+    triton.Config({"GROUP": 8}, num_warps=8, num_stages=4),
+    triton.Config({"GROUP": 16}, num_warps=8, num_stages=3),
+    triton.Config({"GROUP": 8}, num_warps=8, num_stages=2),
+]
+
+
+class TileShape(NamedTuple):
+    """Rows and columns of a tile of similarities, and the depth of one step of its product."""
+
+    rows: int
+    columns: int
+    depth: int
+
+
+@triton.jit
+def log_sum_exp2(x, AXIS: tl.constexpr):
+    """log2 of the sum of 2^x along an axis; minus infinity where every entry is."""
+    peak = tl.max(x, AXIS)
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    return peak + tl.log2(tl.sum(tl.exp2(x - tl.expand_dims(peak, AXIS)), AXIS))
+
+
+@triton.jit
+def tile_of_program(row_tiles, column_tiles, GROUP: tl.constexpr):
+    """Tiles in groups of rows, column by column, so that the operands of neighbouring programs stay in the cache."""
+    program = tl.program_id(0)
+    group = program // (GROUP * column_tiles)
+    height = tl.minimum(row_tiles - group * GROUP, GROUP)
+    within = program % (GROUP * column_tiles)
+    return group * GROUP + within % height, within // height
+
+
+@tuned(CONFIGS, key=["size_bucket", "DIRECTION", "HAS_IDS", "HAS_MASK", "HARDNESS", "PRECISION"])
+@triton.jit(do_not_specialize=["size_bucket"])
+def normalisers_fwd_kernel(
+    left_ptr,  # (B, D) contiguous
+    right_ptr,  # (C, D) contiguous
+    row_parts_ptr,  # (column tiles, rows of the band)
+    twin_parts_ptr,  # (row tiles, B)
+    hardest_parts_ptr,  # (column tiles, rows of the band)
+    positive_ptr,  # (B,)
+    ids_ptr,
+    mask_ptr,
+    mask_row_stride,
+    mask_column_stride,
+    scale_ptr,
+    strength,
+    size,
+    docs,
+    start,
+    stop,
+    columns,
+    width,
+    size_bucket,
+    HAS_IDS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HARDNESS: tl.constexpr,
+    DIRECTION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    row_tile, column_tile = tile_of_program(tl.cdiv(stop - start, ROWS), tl.cdiv(columns, COLUMNS), GROUP)
+    row = start + row_tile * ROWS + tl.arange(0, ROWS)
+    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    steps = tl.arange(0, DEPTH)
+    left = left_ptr + row[:, None].to(tl.int64) * width + steps[None, :]
+    right = right_ptr + column[:, None].to(tl.int64) * width + steps[None, :]
+    depth = width
+    if DIRECTION != QUERY_TO_DOC:
+        # nothing here is right of the diagonal: no product, and all that follows is minus infinity
+        depth = tl.where(tl.minimum((column_tile + 1) * COLUMNS, columns) <= start + row_tile * ROWS + 1, 0, width)
+    similarity = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(0, depth, DEPTH):
+        a = tl.load(left + first, mask=(row < stop)[:, None] & (first + steps < width)[None, :], other=0.0)
+        b = tl.load(right + first, mask=(column < columns)[:, None] & (first + steps < width)[None, :], other=0.0)
+        similarity = tl.dot(a, tl.trans(b), similarity, input_precision=PRECISION)
+
+    row_2d, column_2d = row[:, None], column[None, :]
+    inside = (row_2d < stop) & (column_2d < columns)
+    if DIRECTION != QUERY_TO_DOC:
+        inside = inside & ((column_2d > row_2d) | (column_2d >= size))
+    row_id = tl.load(ids_ptr + row, mask=row < stop, other=0)[:, None] if HAS_IDS else 0
+    scale = tl.load(scale_ptr)
+    similarity = candidates(
+        similarity, row_2d, column_2d, inside, row_id, ids_ptr, mask_ptr, mask_row_stride, mask_column_stride,
+        size, docs, DIRECTION, HAS_IDS, HAS_MASK,
+    )  # fmt: skip
+
+    band = stop - start
+    part = column_tile.to(tl.int64) * band + (row - start)
+    if DIRECTION == QUERY_TO_DOC:
+        is_positive = row_2d == column_2d
+        negative = tl.where(is_positive, float("-inf"), similarity)
+        tl.store(hardest_parts_ptr + part, tl.max(negative, 1), mask=row < stop)
+        here = (row < stop) & (row // COLUMNS == column_tile)
+        tl.store(positive_ptr + row, tl.sum(tl.where(is_positive, similarity, 0.0), 1), mask=here)
+    logit = to_logits(similarity, row_2d, column_2d, scale, strength, size, docs, DIRECTION, HARDNESS)
+    tl.store(row_parts_ptr + part, log_sum_exp2(logit, 1), mask=row < stop)
+    twin_part = twin_parts_ptr + row_tile.to(tl.int64) * size + column
+    tl.store(twin_part, log_sum_exp2(similarity * (scale * LOG2_E), 0), mask=column < size)
+
+
+@triton.jit
+def normalisers_merge_kernel(
+    parts_ptr,  # (parts, width): log-sum-exps in base 2
+    normaliser_ptr,  # (width,): log-sum-exps in base e, which the parts are added to
+    parts,
+    width,
+    PARTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    lanes = tl.arange(0, PARTS)
+    merged = tl.load(normaliser_ptr + column, mask=column < width, other=0.0) * LOG2_E
+    for first in range(0, parts, PARTS):
+        part = (first + lanes)[:, None]
+        there = (part < parts) & (column < width)[None, :]
+        found = tl.load(parts_ptr + part.to(tl.int64) * width + column[None, :], mask=there, other=float("-inf"))
+        found = log_sum_exp2(found, 0)
+        peak = tl.maximum(merged, found)
+        peak = tl.where(peak == float("-inf"), 0.0, peak)
+        merged = peak + tl.log2(tl.exp2(merged - peak) + tl.exp2(found - peak))
+    tl.store(normaliser_ptr + column, merged * LN_2, mask=column < width)
+
+
+def fused_normalisers(
+    tile: Tile,  # a whole matrix, whose first B columns are twins
+    left: Tensor,  # (B, D) contiguous
+    right: Tensor,  # (C, D) contiguous
+    objective: Objective,
+    positive: Tensor,  # (B,): written for query_to_doc, and so the next
+    hardest: Tensor,  # (B,)
+) -> tuple[Tensor, Tensor]:
+    """Log-sum-exps of the rows (B,) and of the twin columns (B,), in float32.
+
+    One GEMM of B x C x D, half of it for symmetric matrices. Memory: `_PARTS_BYTES` of parts, more only when a band of
+    one tile's rows needs it.
+    """
+    size, columns = len(left), len(right)
+    shape = tile_shape(left.dtype, left.device)
+    rows = torch.full((size,), NEG_INF, dtype=torch.float32, device=left.device)
+    twins = torch.full_like(rows, NEG_INF)
+    for start in range(0, size, band := rows_per_band(size, columns, shape)):
+        stop = min(start + band, size)
+        row_tiles, column_tiles = triton.cdiv(stop - start, shape.rows), triton.cdiv(columns, shape.columns)
+        row_parts = torch.empty(column_tiles, stop - start, dtype=torch.float32, device=left.device)
+        hardest_parts = torch.empty_like(row_parts) if tile.direction == "query_to_doc" else row_parts
+        twin_parts = torch.empty(row_tiles, size, dtype=torch.float32, device=left.device)
+        launch(
+            normalisers_fwd_kernel, (row_tiles * column_tiles,), left, right, row_parts, twin_parts, hardest_parts,
+            positive, *objective.arguments, start, stop, columns, left.shape[1], bucket(size, columns, left.shape[1]),
+            **objective.constants, DIRECTION=DIRECTION_CODES[tile.direction], PRECISION=dot_precision(left),
+            ROWS=shape.rows, COLUMNS=shape.columns, DEPTH=shape.depth,
+        )  # fmt: skip
+        merge(row_parts, rows[start:stop])
+        merge(twin_parts, twins)
+        if tile.direction == "query_to_doc":
+            torch.amax(hardest_parts, dim=0, out=hardest[start:stop])
+    return rows, twins
+
+
+def merge(
+    parts: Tensor,  # (P, N) log-sum-exps in base 2
+    normaliser: Tensor,  # (N,) log-sum-exps in base e: is overwritten
+) -> None:
+    """Add the parts, always in the same order, to the normalisers."""
+    count, width = parts.shape
+    launch(
+        normalisers_merge_kernel, (triton.cdiv(width, _MERGED_COLUMNS),), parts, normaliser, count, width,
+        PARTS=_MERGED_PARTS, COLUMNS=_MERGED_COLUMNS, num_warps=4,
+    )  # fmt: skip
+
+
+def tile_shape(dtype: torch.dtype, device: torch.device) -> TileShape:
+    """The tile of a product of operands of `dtype`: the largest that the device holds with its pipeline three deep."""
+    room = shared_memory(device)
+    if room == 0:
+        return TileShape(32, 64, 32)
+    if dtype == torch.float32:
+        return TileShape(64, 128, 32 if room >= 3 * (64 + 128) * 32 * 4 else 16)
+    return TileShape(128, 256, 64) if room >= 3 * (128 + 256) * 64 * 2 else TileShape(128, 128, 32)
+
+
+def rows_per_band(size: int, columns: int, shape: TileShape) -> int:
+    """How many rows, in whole tiles, keep the parts within `_PARTS_BYTES`."""
+    row_bytes = 4 * (2 * triton.cdiv(columns, shape.columns) + size / shape.rows)
+    return max(int(_PARTS_BYTES / row_bytes) // shape.rows, 1) * shape.rows
+
+
+def dot_precision(operand: Tensor) -> str:
+    """How float32 operands are multiplied, as `torch.mm` on the same device would; others have no choice."""
+    exact = operand.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" or torch.version.hip
+    return "ieee" if exact else "tf32"
