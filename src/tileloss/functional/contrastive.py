@@ -151,7 +151,7 @@ def check_scale(scale: float | Tensor) -> None:
         if not scale.is_floating_point():
             raise DtypeError(f"scale must be a floating-point tensor, got {scale.dtype}.")
         return
-    if not scale > 0 or math.isinf(scale):
+    if not 0 < scale < math.inf:  # nan included; torch.compile cannot follow math.isinf
         raise InputError(f"Scale must be a positive value. Got {scale!r}; 20.0 suits cosine, 1.0 dot products.")
 
 
