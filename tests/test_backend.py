@@ -1,0 +1,218 @@
+"""Which backend serves a call: what is asked for, in what order of precedence, and what is said when it cannot run."""
+
+import warnings
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+import tileloss
+from tileloss import backend, reference, tiled
+from tileloss.backend import choose, explain, requested, use_backend
+from tileloss.errors import BackendError, FallbackWarning, InputError, ShapeError
+from tileloss.functional import contrastive_loss
+
+LARGE = 10**9
+
+
+class Pretended:
+    """A tensor's device and dtype without the device."""
+
+    ndim = 2
+
+    def __init__(self, device: str, dtype: torch.dtype = torch.float32, shape: tuple[int, int] = (4096, 64)) -> None:
+        self.device, self.dtype, self.shape = torch.device(device), dtype, shape
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TILELOSS_BACKEND", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backend, "_said", set())
+    monkeypatch.setattr(backend, "_TRITON_IS_INSTALLED", True)
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The backends that calls have run on."""
+    names: list[str] = []
+
+    def spy(name: str, run: Callable) -> Callable:
+        def spied(*args: object, **kwargs: object) -> object:
+            names.append(name)
+            return run(*args, **kwargs)
+
+        return spied
+
+    for name, module in (("reference", reference), ("tiled", tiled)):
+        monkeypatch.setattr(module, "contrastive_loss", spy(name, module.contrastive_loss))
+    return names
+
+
+def test_nesting_restores_what_was_asked_for_outside() -> None:
+    assert requested() == "auto"
+    with use_backend("reference"):
+        with use_backend("tiled"):
+            with use_backend("auto"):
+                assert requested() == "auto"
+            assert requested() == "tiled"
+        assert requested() == "reference"
+    assert requested() == "auto"
+
+
+def test_an_exception_restores_it_too() -> None:
+    with pytest.raises(ZeroDivisionError), use_backend("tiled"):
+        raise ZeroDivisionError
+    assert requested() == "auto"
+    with pytest.raises(InputError), use_backend("reference"):
+        contrastive_loss(torch.randn(3, 2), torch.randn(3, 2), scale=-1.0, backend="tiled")
+    assert requested() == "auto"
+
+
+def test_precedence_is_call_then_block_then_environment(ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    queries, docs = torch.randn(5, 3), torch.randn(5, 3)
+    monkeypatch.setenv("TILELOSS_BACKEND", "tiled")
+    contrastive_loss(queries, docs)
+    with use_backend("reference"):
+        contrastive_loss(queries, docs)
+        contrastive_loss(queries, docs, backend="tiled")
+        contrastive_loss(queries, docs)
+    with use_backend("auto"):
+        contrastive_loss(queries, docs)  # small: the automatic choice, whatever the environment says
+    assert ran == ["tiled", "reference", "tiled", "reference", "reference"]
+
+
+@pytest.mark.parametrize("value", ["", "auto"])
+def test_an_empty_environment_variable_asks_for_nothing(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TILELOSS_BACKEND", value)
+    assert requested() == "auto"
+
+
+def test_unknown_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=r"the backend must be 'auto' or one of \['reference', 'tiled', 'triton'\]"):
+        use_backend("cuda").__enter__()
+    with pytest.raises(InputError, match="got 'Tiled'"):
+        contrastive_loss(torch.randn(3, 2), torch.randn(3, 2), backend="Tiled")
+    monkeypatch.setenv("TILELOSS_BACKEND", "fast")
+    with pytest.raises(InputError, match=r"the environment variable TILELOSS_BACKEND must be .*, got 'fast'"):
+        contrastive_loss(torch.randn(3, 2), torch.randn(3, 2))
+
+
+def test_automatic_choice_by_size(ran: list[str]) -> None:
+    for rows in (4, 600):
+        contrastive_loss(torch.randn(rows, 3), torch.randn(rows, 3))
+    assert ran == ["reference", "tiled"]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "expected"),
+    [
+        ("cuda", torch.float32, "triton"),
+        ("cuda", torch.bfloat16, "triton"),
+        ("xpu", torch.float16, "triton"),
+        ("cpu", torch.float32, "tiled"),
+        ("mps", torch.float32, "tiled"),
+        ("cpu", torch.float64, "tiled"),
+    ],
+)
+def test_automatic_choice_by_device(device: str, dtype: torch.dtype, expected: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose(Pretended(device, dtype), LARGE).backend == expected  # type: ignore[arg-type]
+
+
+def test_automatic_fallback_is_said_once_for_each_reason() -> None:
+    wide = Pretended("cuda", torch.float64)
+    with pytest.warns(
+        FallbackWarning, match="'triton' to the 'tiled' backend: the Triton .* do not compute in float64"
+    ):
+        choice = choose(wide, LARGE)  # type: ignore[arg-type]
+    assert choice.backend == "tiled"
+    assert "float64" in choice.reason
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose(wide, LARGE).backend == "tiled"  # type: ignore[arg-type]
+    with pytest.warns(FallbackWarning, match="the similarity is special"):
+        assert choose(Pretended("cuda"), LARGE, {"triton": "the similarity is special"}).backend == "tiled"  # type: ignore[arg-type]
+    both = dict.fromkeys(("triton", "tiled"), "the similarity wants all rows")
+    with pytest.warns(FallbackWarning, match="to the 'reference' backend"):
+        assert choose(Pretended("cuda"), LARGE, both).backend == "reference"  # type: ignore[arg-type]
+
+
+def test_a_gpu_without_triton_runs_tiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_TRITON_IS_INSTALLED", False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose(Pretended("cuda"), LARGE).backend == "tiled"  # type: ignore[arg-type]
+    with use_backend("triton"), pytest.raises(BackendError, match=r"Triton is not installed \(on Linux: pip install"):
+        choose(Pretended("cuda"), LARGE)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "reason"),
+    [
+        ("cpu", torch.float32, "Triton has no kernels for cpu tensors"),
+        ("mps", torch.float32, "Triton has no kernels for mps tensors"),
+        ("cuda", torch.float64, "the Triton kernels do not compute in float64"),
+    ],
+)
+def test_forcing_triton_where_it_cannot_run_says_why(device: str, dtype: torch.dtype, reason: str) -> None:
+    tensor = Pretended(device, dtype)
+    with use_backend("triton"), pytest.raises(BackendError, match=f"'triton' was asked for and cannot run: {reason}"):
+        choose(tensor, 4)  # type: ignore[arg-type]
+
+
+def test_forcing_triton_on_a_cpu_reaches_the_caller(ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BackendError, match="no kernels for cpu"):
+        contrastive_loss(torch.randn(3, 2), torch.randn(3, 2), backend="triton")
+    monkeypatch.setenv("TILELOSS_BACKEND", "triton")
+    with pytest.raises(BackendError, match="no kernels for cpu"):
+        contrastive_loss(torch.randn(3, 2), torch.randn(3, 2))
+    assert ran == []
+
+
+def test_the_interpreter_serves_cpu_tensors_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with use_backend("triton"):
+        assert choose(Pretended("cpu"), LARGE).backend == "triton"  # type: ignore[arg-type]
+        with pytest.raises(BackendError, match="float64"):
+            choose(Pretended("cpu", torch.float64), LARGE)  # type: ignore[arg-type]
+    assert choose(Pretended("cpu"), LARGE).backend == "tiled"  # type: ignore[arg-type]
+
+
+def test_a_forced_backend_never_falls_back() -> None:
+    with use_backend("tiled"):
+        assert choose(Pretended("cpu"), 1).backend == "tiled"  # type: ignore[arg-type]
+        with pytest.raises(BackendError, match="'tiled' was asked for and cannot run: no blocks"):
+            choose(Pretended("cpu"), LARGE, {"tiled": "no blocks"})  # type: ignore[arg-type]
+    with use_backend("reference"):
+        assert choose(Pretended("cuda"), LARGE).backend == "reference"  # type: ignore[arg-type]
+
+
+def test_explain_says_what_would_run_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert explain(torch.empty(4096, 384)) == (
+        "An in-batch loss over 4,096 rows of 384 (float32, cpu) runs on the 'tiled' backend: it is the fastest for "
+        "cpu tensors. The 'triton' backend cannot serve it: Triton has no kernels for cpu tensors."
+    )
+    assert "runs on the 'reference' backend: at this size the materialised form is fastest" in explain(
+        torch.empty(8, 4)
+    )
+    assert "(float32, cuda) runs on the 'triton' backend: it is the fastest for cuda" in explain(Pretended("cuda"))  # type: ignore[arg-type]
+    with pytest.warns(FallbackWarning):
+        assert "do not compute in float64" in explain(Pretended("cuda", torch.float64))  # type: ignore[arg-type]
+    with use_backend("reference"):
+        assert "'reference' backend: it was asked for by name." in explain(torch.empty(4096, 384))
+    with use_backend("triton"):
+        assert "would raise BackendError" in explain(torch.empty(4096, 384))
+    monkeypatch.setattr(backend, "_TRITON_IS_INSTALLED", False)
+    assert "Triton is not installed" in explain(Pretended("cuda"))  # type: ignore[arg-type]
+
+
+def test_explain_wants_a_matrix() -> None:
+    with pytest.raises(ShapeError, match=r"got shape \(5,\)"):
+        explain(torch.empty(5))
+
+
+def test_use_backend_is_at_the_top_level() -> None:
+    assert tileloss.use_backend is use_backend
+    assert tileloss.backend.explain is explain
