@@ -79,7 +79,7 @@ class MultipleNegativesRankingLoss(nn.Module):
         self.scale = scale
         self.similarity_fct = similarity_fct
         self.gather_across_devices = gather_across_devices
-        self.directions = directions if isinstance(directions, str) else tuple(directions)
+        self.directions = directions if isinstance(directions, str) else tuple(directions or ())
         self.partition_mode = partition_mode
         self.hardness_mode = hardness_mode
         self.hardness_strength = hardness_strength
@@ -122,7 +122,8 @@ class MultipleNegativesRankingLoss(nn.Module):
         widths = [column.shape[-1] for column in docs]
         if len(set(widths)) > 1:
             raise ShapeError(f"The document columns have different widths: {widths}; embed all by one model.")
-        aligned = self.exclude_same_label or self.hardness_mode is not None or "doc_to_doc" in self.directions
+        weighs_hardness = self.hardness_mode is not None and self.hardness_strength > 0
+        aligned = self.exclude_same_label or weighs_hardness or "doc_to_doc" in self.directions
         sizes = [len(column) for column in docs]
         if aligned and set(sizes) != {len(queries)}:
             raise ShapeError(
