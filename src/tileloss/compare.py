@@ -61,7 +61,7 @@ def _peak(step: Callable[[], None], device: torch.device) -> int | None:
 
 
 def compare_with_materialised(
-    loss: nn.Module, features: Sequence[dict[str, Any]], labels: Tensor | None = None, *, rounds: int = 5
+    loss: Any, features: Sequence[dict[str, Any]], labels: Tensor | None = None, *, rounds: int = 5
 ) -> dict[str, StepCost]:
     """Time and peak memory of `loss` on the embeddings of one batch: {"tileloss": ..., "materialised": ...}.
 
@@ -70,7 +70,7 @@ def compare_with_materialised(
     the matrices would not fit into free memory, "materialised" is left out, and that is logged.
 
     Args:
-        loss: has `model` and `compute_loss_from_embeddings`.
+        loss: a loss of `tileloss.losses`; it needs `model` and `compute_loss_from_embeddings`.
         features: the feature dicts of the batch, on the device of the model.
         labels: as the loss takes them.
         rounds: turns of each, at least.
@@ -79,6 +79,8 @@ def compare_with_materialised(
     device = leaves[0].device
 
     def clear() -> None:
+        # what an earlier step left behind must not be freed inside a measured one
+        loss.stats = None
         for leaf in leaves:
             leaf.grad = None
 

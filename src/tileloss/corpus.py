@@ -104,7 +104,7 @@ def source_files(folders: Iterable[Path]) -> list[SourceFile]:
 
 def prose(docstring: str) -> str:
     """The describing paragraphs of a docstring on one line, up to the first list of parameters, doctest or section."""
-    kept = []
+    kept: list[str] = []
     for line in inspect.cleandoc(docstring).splitlines():
         if _REFERENCE.match(line):
             break
@@ -128,6 +128,7 @@ def _definitions(body: Sequence[ast.stmt]) -> Iterator[Definition]:
 
 
 def _docstring_node(node: Definition) -> ast.Constant | None:
+    """The literal that is the docstring of `node`; its `value` is a string."""
     first = node.body[0]
     if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
         return first.value
@@ -184,7 +185,7 @@ def read_pairs(file: SourceFile) -> list[Pair] | None:
         literal = _docstring_node(function)
         if literal is None or isinstance(function, ast.ClassDef) or _is_stub(function):
             continue
-        docstring = prose(literal.value)
+        docstring = prose(str(literal.value))
         if len(docstring.split()) >= MINIMUM_WORDS:
             pairs.append(Pair(docstring, without_docstrings(function, lines), file.module, package))
     return pairs

@@ -325,13 +325,9 @@ class StaticEncoder(Encoder):
                 self._remembered.update(ids)
         rows = [self._remembered[text] if text in self._remembered else ids[text] for text in texts]
         padding = cast(int, self.embeddings.padding_idx)
-        # a batch of empty texts still has one column, of padding
-        width = max([1, *map(len, rows)])
-        input_ids = torch.full((len(rows), width), padding)
-        mask = torch.zeros(len(rows), width, dtype=torch.int64)
-        for row, tokens in enumerate(rows):
-            input_ids[row, : len(tokens)] = tokens
-            mask[row, : len(tokens)] = 1
+        input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding).long()
+        lengths = torch.tensor([len(row) for row in rows])
+        mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
         return {"input_ids": input_ids, "attention_mask": mask}
 
     def forward(self, features: Features) -> Features:

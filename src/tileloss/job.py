@@ -67,17 +67,17 @@ class TrainArguments(TrainingArguments):
     """The Trainer's arguments, with defaults that suit in-batch negatives."""
 
     output_dir: str = field(default="runs/demo", metadata={"help": "folder for the model, its curves and its figures"})
-    per_device_train_batch_size: int | None = field(  # type: ignore[assignment]
+    per_device_train_batch_size: int | None = field(
         default=None, metadata={"help": "pairs per step and device [static: 4096, others: 64]"}
     )
-    per_device_eval_batch_size: int | None = field(  # type: ignore[assignment]
+    per_device_eval_batch_size: int | None = field(
         default=None, metadata={"help": "texts embedded at once in evaluation [static: 1024, others: 64]"}
     )
-    learning_rate: float | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "highest learning rate [static: 0.1, others: 2e-5]"}
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "highest learning rate [static: 0.2, others: 2e-5]"}
     )
-    num_train_epochs: float | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "passes over the training part [static: 10, others: 1]"}
+    num_train_epochs: float | None = field(
+        default=None, metadata={"help": "passes over the training part [static: 8, others: 1]"}
     )
     warmup_steps: float = field(default=0.1, metadata={"help": "steps of warm-up, or their share of all if below 1"})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "how the learning rate falls"})
@@ -87,6 +87,7 @@ class TrainArguments(TrainingArguments):
     dataloader_drop_last: bool = field(
         default=True, metadata={"help": "leave out an epoch's incomplete batch, which has fewer negatives"}
     )
+    dataloader_pin_memory: bool = field(default=True, metadata={"help": "pin memory where an accelerator is there"})
     report_to: str = field(default="none", metadata={"help": "trackers to report to, such as tensorboard"})
 
     def fill(self, static: bool) -> None:
@@ -94,8 +95,8 @@ class TrainArguments(TrainingArguments):
         defaults = {
             "per_device_train_batch_size": (4096, 64),
             "per_device_eval_batch_size": (1024, 64),
-            "learning_rate": (0.1, 2e-5),
-            "num_train_epochs": (10, 1),
+            "learning_rate": (0.2, 2e-5),
+            "num_train_epochs": (8, 1),
         }
         for name, (for_static, for_others) in defaults.items():
             if getattr(self, name) is None:

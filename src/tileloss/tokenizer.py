@@ -1,9 +1,9 @@
-"""A word-piece tokenizer learned from the texts at hand, for encoders that start from nothing.
+"""A subword tokenizer learned from the texts at hand, for encoders that start from nothing.
 
-Problem: a pretrained vocabulary needs a download, and a general one cuts code into splinters. Method: WordPiece of the
-`tokenizers` library over lower-cased words, where identifiers are split at underscores and at changes of case
-(`HTTPServer_name` becomes https, erver, name), so that prose and code share their words. Trade-off: case and
-underscores are lost, and so is white space; a model that must write text back needs another tokenizer.
+Problem: a pretrained vocabulary needs a download, and a general one cuts code into splinters. Method: byte-pair
+encoding of the `tokenizers` library over lower-cased words, where identifiers are split at underscores and at changes
+of case (`HTTPServer_name` becomes http, server, name), so that prose and code share their words. Trade-off: case,
+underscores and white space are lost; a model that must write text back needs another tokenizer.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def learn_tokenizer(texts: Iterable[str], vocabulary_size: int = 24_000) -> PreT
     first = list(islice(texts, 1))
     if not first:
         raise InputError("There is no text to learn a tokenizer from.")
-    tokenizer = Tokenizer(models.WordPiece(unk_token=UNKNOWN, max_input_chars_per_word=64))
+    tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Sequence(
         [
             normalizers.NFKC(),
@@ -66,7 +66,8 @@ def learn_tokenizer(texts: Iterable[str], vocabulary_size: int = 24_000) -> PreT
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Whitespace(), pre_tokenizers.Punctuation(), pre_tokenizers.Digits()]
     )
-    trainer = trainers.WordPieceTrainer(
+    # not WordPiece, whose trainer numbers its tokens differently in every run
+    trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size, min_frequency=2, special_tokens=[PAD, UNKNOWN], show_progress=False
     )
     tokenizer.train_from_iterator((text for part in (first, texts) for text in part), trainer)

@@ -27,8 +27,9 @@ import tileloss
 from tileloss.backend import explain
 from tileloss.compare import StepCost, compare_with_materialised
 from tileloss.data import load_data
+from tileloss.encoder import StaticEncoder
 from tileloss.errors import InputError
-from tileloss.job import STATIC, TrainArguments, TrainJob, make_encoder, make_loss
+from tileloss.job import TrainArguments, TrainJob, make_encoder, make_loss
 from tileloss.plots import plot_loss, plot_recall
 from tileloss.trainer import EmbeddingTrainer
 
@@ -41,11 +42,10 @@ def parse(argv: Sequence[str] | None = None) -> tuple[TrainJob, TrainArguments]:
     Raises:
         InputError: for an unknown loss, wrong loss options, or a checkpoint that is not there.
     """
-    parser = HfArgumentParser((TrainJob, TrainArguments), prog="tileloss train", description=__doc__)  # type: ignore[arg-type]
+    parser = HfArgumentParser((TrainJob, TrainArguments), prog="tileloss train", description=__doc__)
     job, args, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    args.fill(static=job.model == STATIC)
     # what is wrong is said before minutes of work
     make_loss(job.loss, job.loss_options, nn.Identity())
     if args.resume_from_checkpoint and not Path(args.resume_from_checkpoint).is_dir():
@@ -75,6 +75,7 @@ def run(job: TrainJob, args: TrainArguments) -> dict[str, Any]:
     data = load_data(job.data, text_columns=job.text_columns, held_out=job.held_out, workers=_workers(), progress=True)
     print(f"{len(data.train):,} pairs to learn from, {len(data.held_out):,} held out ({', '.join(data.text_columns)})")
     encoder = make_encoder(job, data, args.resume_from_checkpoint)
+    args.fill(static=isinstance(encoder, StaticEncoder))
     loss = make_loss(job.loss, job.loss_options, encoder)
     trainer = EmbeddingTrainer(encoder, args, loss, data.train, data.held_out, text_columns=data.text_columns)
     parameters = sum(parameter.numel() for parameter in loss.parameters() if parameter.requires_grad)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
 from tileloss.data import find_label_column, find_text_columns
 from tileloss.encoder import Features, embed_texts
@@ -84,6 +84,8 @@ class EmbeddingTrainer(Trainer):
             than a batch where `dataloader_drop_last` leaves none.
     """
 
+    control: TrainerControl
+
     def __init__(
         self,
         model: nn.Module,
@@ -144,6 +146,12 @@ class EmbeddingTrainer(Trainer):
         """The Trainer's optimiser over the parameters of the model and those of the loss itself."""
         own = nn.ParameterDict({name.replace(".", "_"): p for name, p in self._own_parameters.items()})
         return super().create_optimizer(nn.ModuleList([self.model if model is None else model, own]))
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """The Trainer's choice among the model's parameters; decay would pull a temperature of the loss to zero."""
+        own = {id(parameter) for parameter in self._own_parameters.values()}
+        spared = {name for name, parameter in model.named_parameters() if id(parameter) in own}
+        return [name for name in super().get_decay_parameter_names(model) if name not in spared]
 
     def _use_in_loss(self, model: nn.Module) -> None:
         """Put the wrapped model (data parallel, compiled) in the place of the plain one wherever the loss holds it."""
