@@ -59,8 +59,8 @@ venv: .venv/.installed ## make .venv and install the project into it (the other 
 
 .venv/.installed: pyproject.toml constraints.txt | .venv/bin/pip
 	@echo "installing torch and the development tools into .venv: minutes, but only once"
-	@.venv/bin/pip install --quiet --constraint constraints.txt torch setuptools
-	@.venv/bin/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@.venv/bin/pip install -qq --constraint constraints.txt torch setuptools
+	@.venv/bin/pip install -qq --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	@.venv/bin/python -c 'import torch; torch.version.cuda and not torch.cuda.is_available() and print( \
 		"note: pip brought the CUDA build of torch, and no GPU is here. All works; to have the smaller CPU build,", \
 		"let PIP_EXTRA_INDEX_URL name the index of PyTorch that offers it, delete .venv and run make again")'
