@@ -134,10 +134,11 @@ def _through_definition(
 ) -> list[Tensor | None]:
     """The gradients as a differentiable function of the inputs, by the materialised definition."""
     # as nodes of their own: the gradient of an input that was computed from another must not flow on into that one too
-    queries, docs, scale = (x.view_as(x) if isinstance(x, Tensor) else x for x in inputs)
+    queries, docs = (x.view_as(x) for x in inputs[:2])
+    scale = inputs[2].view_as(inputs[2]) if isinstance(inputs[2], Tensor) else inputs[2]
     with full_precision(d_loss.device.type):
         loss, _ = reference.contrastive_loss(queries, docs, scale, spec, doc_ids, mask)
-        wanted = [x for x, need in zip((queries, docs, scale), needs, strict=True) if need]
+        wanted = [x for x, need in zip((queries, docs, scale), needs, strict=True) if need and isinstance(x, Tensor)]
         found = iter(torch.autograd.grad(loss, wanted, d_loss, create_graph=True))
     return [next(found) if need else None for need in needs]
 
