@@ -1,16 +1,20 @@
 """How kernels are started: on the tensor's device, with a configuration that no timing can make change the results.
 
-Only what leaves every sum in the same order is tuned: the depth of the software pipeline and the order in which programs
-visit the tiles. Tile shapes and warps, which do change the order of sums, are fixed functions of dtype and device. So a
-tuned run and an untuned one give the same bits. What the tuner found is kept on disk and found again by later processes.
+Only what leaves every sum in the same order is tuned: the depth of the software pipeline, the registers for a thread
+and the order in which programs visit the tiles. Tile shapes and warps, which do change the order of sums, are fixed
+functions of dtype and device. So a tuned run and an untuned one give the same bits. What the tuner found is kept on
+disk and found again by later processes.
+
+Launches can also be recorded instead of run, for a GPU that is not there: the compile report compiles what it
+recorded.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,6 +23,36 @@ from torch import Tensor
 from tileloss.backend import interpreting
 
 AUTOTUNE_VARIABLE = "TILELOSS_AUTOTUNE"  # "0": take the first configuration, for runs that must start at once
+
+
+class Launch(NamedTuple):
+    """One start of a kernel: its positional arguments, its constexpr arguments and options."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+class _Recording(NamedTuple):
+    launches: list[Launch]
+    shared_memory: int
+
+
+_recording: _Recording | None = None
+
+
+@contextmanager
+def recorded(shared_memory: int) -> Iterator[list[Launch]]:
+    """Launches made inside the block are listed, not run, and take the GPU to have this much memory for a program.
+
+    Tensors may live on the "meta" device: none is read or written.
+    """
+    global _recording
+    _recording = _Recording([], shared_memory)
+    try:
+        yield _recording.launches
+    finally:
+        _recording = None
 
 
 def tuned(configs: Sequence[triton.Config], key: Sequence[str]) -> Callable[[Any], Any]:
@@ -34,6 +68,9 @@ def tuned(configs: Sequence[triton.Config], key: Sequence[str]) -> Callable[[Any
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Start `kernel` on the device of its first argument, which need not be the current one."""
+    if _recording is not None:
+        _recording.launches.append(Launch(kernel, arguments, constants))
+        return
     device = arguments[0].device
     current = nullcontext() if device.type == "cpu" else torch.get_device_module(device.type).device(device)
     with current:
@@ -41,7 +78,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
 
 
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one program may take on a device."""
+    """Bytes of shared memory that one program may take on a device; none in the interpreter."""
+    if _recording is not None:
+        return _recording.shared_memory
     if interpreting():
         return 0
     properties = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)

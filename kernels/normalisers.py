@@ -29,14 +29,16 @@ from tileloss.kernels.logits import (
 )
 from tileloss.tiled.passes import NEG_INF, Tile
 
-_PARTS_BYTES = 96 << 20
+_PARTS_BYTES = 128 << 20
 _MERGED_PARTS, _MERGED_COLUMNS = 32, 64
 
+# half the register file lets two programs share a multiprocessor, one multiplying while the other exponentiates
+_HALF_THE_REGISTERS = {} if torch.version.hip else {"maxnreg": 128}
 CONFIGS = [
     triton.Config({"GROUP": 8}, num_warps=8, num_stages=3),
-    triton.Config({"GROUP": 8}, num_warps=8, num_stages=4),
-    triton.Config({"GROUP": 16}, num_warps=8, num_stages=3),
+    triton.Config({"GROUP": 8}, num_warps=8, num_stages=3, **_HALF_THE_REGISTERS),
     triton.Config({"GROUP": 8}, num_warps=8, num_stages=2),
+    triton.Config({"GROUP": 8}, num_warps=8, num_stages=4),
 ]
 
 
@@ -64,6 +66,59 @@ def tile_of_program(row_tiles, column_tiles, GROUP: tl.constexpr):
     height = tl.minimum(row_tiles - group * GROUP, GROUP)
     within = program % (GROUP * column_tiles)
     return group * GROUP + within % height, within // height
+
+
+@triton.jit
+def add_log_sums(a, b):
+    """log2 of 2^a + 2^b; minus infinity where both are."""
+    peak = tl.maximum(a, b)
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    return peak + tl.log2(tl.exp2(a - peak) + tl.exp2(b - peak))
+
+
+@triton.jit
+def keep_statistics(
+    similarity,  # (ROWS, COLUMNS) products
+    row,  # (ROWS,)
+    column,  # (COLUMNS,)
+    twin_part_ptr,  # (B,): this tile's
+    positive_ptr,  # (B,)
+    ids_ptr,
+    mask_ptr,
+    mask_row_stride,
+    mask_column_stride,
+    scale,
+    strength,
+    size,
+    docs,
+    stop,
+    columns,
+    HAS_IDS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HARDNESS: tl.constexpr,
+    DIRECTION: tl.constexpr,
+):
+    """Store the twin columns' log-sum-exps and the positives; return the rows' log-sum-exps and hardest negatives."""
+    row_2d, column_2d = row[:, None], column[None, :]
+    inside = (row_2d < stop) & (column_2d < columns)
+    if DIRECTION != QUERY_TO_DOC:
+        inside = inside & ((column_2d > row_2d) | (column_2d >= size))
+    row_id = tl.load(ids_ptr + row, mask=row < stop, other=0)[:, None] if HAS_IDS else 0
+    similarity = candidates(
+        similarity, row_2d, column_2d, inside, row_id, ids_ptr, mask_ptr, mask_row_stride, mask_column_stride,
+        size, docs, DIRECTION, HAS_IDS, HAS_MASK,
+    )  # fmt: skip
+    hardest = tl.full(row.shape, float("-inf"), tl.float32)
+    if DIRECTION == QUERY_TO_DOC:
+        is_positive = row_2d == column_2d
+        hardest = tl.max(tl.where(is_positive, float("-inf"), similarity), 1)
+        positive = tl.sum(tl.where(is_positive, similarity, 0.0), 1)
+        here = (row < stop) & (row >= tl.min(column, 0)) & (row <= tl.max(column, 0))
+        tl.store(positive_ptr + row, positive, mask=here)
+    twin_logit = similarity * (scale * LOG2_E)
+    tl.store(twin_part_ptr + column, log_sum_exp2(twin_logit, 0), mask=column < size)
+    logit = to_logits(similarity, row_2d, column_2d, scale, strength, size, docs, DIRECTION, HARDNESS)
+    return log_sum_exp2(logit, 1), hardest
 
 
 @tuned(CONFIGS, key=["size_bucket", "DIRECTION", "HAS_IDS", "HAS_MASK", "HARDNESS", "PRECISION"])
@@ -102,41 +157,37 @@ def normalisers_fwd_kernel(
     row = start + row_tile * ROWS + tl.arange(0, ROWS)
     column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
     steps = tl.arange(0, DEPTH)
-    left = left_ptr + row[:, None].to(tl.int64) * width + steps[None, :]
-    right = right_ptr + column[:, None].to(tl.int64) * width + steps[None, :]
+    # rows and columns beyond the end read the last one again: they are no candidates of anything
+    left = left_ptr + tl.minimum(row, stop - 1)[:, None].to(tl.int64) * width + steps[None, :]
+    right = right_ptr + tl.minimum(column, columns - 1)[:, None].to(tl.int64) * width + steps[None, :]
     depth = width
     if DIRECTION != QUERY_TO_DOC:
         # nothing here is right of the diagonal: no product, and all that follows is minus infinity
         depth = tl.where(tl.minimum((column_tile + 1) * COLUMNS, columns) <= start + row_tile * ROWS + 1, 0, width)
     similarity = tl.zeros((ROWS, COLUMNS), tl.float32)
     for first in range(0, depth, DEPTH):
-        a = tl.load(left + first, mask=(row < stop)[:, None] & (first + steps < width)[None, :], other=0.0)
-        b = tl.load(right + first, mask=(column < columns)[:, None] & (first + steps < width)[None, :], other=0.0)
+        there = (first + steps < width)[None, :]
+        a = tl.load(left + first, mask=there, other=0.0)
+        b = tl.load(right + first, mask=there, other=0.0)
         similarity = tl.dot(a, tl.trans(b), similarity, input_precision=PRECISION)
 
-    row_2d, column_2d = row[:, None], column[None, :]
-    inside = (row_2d < stop) & (column_2d < columns)
-    if DIRECTION != QUERY_TO_DOC:
-        inside = inside & ((column_2d > row_2d) | (column_2d >= size))
-    row_id = tl.load(ids_ptr + row, mask=row < stop, other=0)[:, None] if HAS_IDS else 0
+    # half a tile at a time, because a whole one and its exponentials do not fit the registers
+    left_half, right_half = tl.split(tl.permute(tl.reshape(similarity, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+    half = column_tile * COLUMNS + tl.arange(0, COLUMNS // 2)
     scale = tl.load(scale_ptr)
-    similarity = candidates(
-        similarity, row_2d, column_2d, inside, row_id, ids_ptr, mask_ptr, mask_row_stride, mask_column_stride,
-        size, docs, DIRECTION, HAS_IDS, HAS_MASK,
+    twin_part_ptr = twin_parts_ptr + row_tile.to(tl.int64) * size
+    normaliser, hardest = keep_statistics(
+        left_half, row, half, twin_part_ptr, positive_ptr, ids_ptr, mask_ptr, mask_row_stride, mask_column_stride,
+        scale, strength, size, docs, stop, columns, HAS_IDS, HAS_MASK, HARDNESS, DIRECTION,
     )  # fmt: skip
-
-    band = stop - start
-    part = column_tile.to(tl.int64) * band + (row - start)
+    right_normaliser, right_hardest = keep_statistics(
+        right_half, row, half + COLUMNS // 2, twin_part_ptr, positive_ptr, ids_ptr, mask_ptr, mask_row_stride,
+        mask_column_stride, scale, strength, size, docs, stop, columns, HAS_IDS, HAS_MASK, HARDNESS, DIRECTION,
+    )  # fmt: skip
+    part = column_tile.to(tl.int64) * (stop - start) + (row - start)
+    tl.store(row_parts_ptr + part, add_log_sums(normaliser, right_normaliser), mask=row < stop)
     if DIRECTION == QUERY_TO_DOC:
-        is_positive = row_2d == column_2d
-        negative = tl.where(is_positive, float("-inf"), similarity)
-        tl.store(hardest_parts_ptr + part, tl.max(negative, 1), mask=row < stop)
-        here = (row < stop) & (row // COLUMNS == column_tile)
-        tl.store(positive_ptr + row, tl.sum(tl.where(is_positive, similarity, 0.0), 1), mask=here)
-    logit = to_logits(similarity, row_2d, column_2d, scale, strength, size, docs, DIRECTION, HARDNESS)
-    tl.store(row_parts_ptr + part, log_sum_exp2(logit, 1), mask=row < stop)
-    twin_part = twin_parts_ptr + row_tile.to(tl.int64) * size + column
-    tl.store(twin_part, log_sum_exp2(similarity * (scale * LOG2_E), 0), mask=column < size)
+        tl.store(hardest_parts_ptr + part, tl.maximum(hardest, right_hardest), mask=row < stop)
 
 
 @triton.jit
@@ -155,10 +206,7 @@ def normalisers_merge_kernel(
         part = (first + lanes)[:, None]
         there = (part < parts) & (column < width)[None, :]
         found = tl.load(parts_ptr + part.to(tl.int64) * width + column[None, :], mask=there, other=float("-inf"))
-        found = log_sum_exp2(found, 0)
-        peak = tl.maximum(merged, found)
-        peak = tl.where(peak == float("-inf"), 0.0, peak)
-        merged = peak + tl.log2(tl.exp2(merged - peak) + tl.exp2(found - peak))
+        merged = add_log_sums(merged, log_sum_exp2(found, 0))
     tl.store(normaliser_ptr + column, merged * LN_2, mask=column < width)
 
 
@@ -215,9 +263,9 @@ def tile_shape(dtype: torch.dtype, device: torch.device) -> TileShape:
     room = shared_memory(device)
     if room == 0:
         return TileShape(32, 64, 32)
-    if dtype == torch.float32:
-        return TileShape(64, 128, 32 if room >= 3 * (64 + 128) * 32 * 4 else 16)
-    return TileShape(128, 256, 64) if room >= 3 * (128 + 256) * 64 * 2 else TileShape(128, 128, 32)
+    rows, depth = (64, 32) if dtype == torch.float32 else (128, 64)
+    step = (rows + 128) * depth * dtype.itemsize
+    return TileShape(rows, 128, depth if 3 * step <= room else depth // 2)
 
 
 def rows_per_band(size: int, columns: int, shape: TileShape) -> int:

@@ -17,9 +17,10 @@ _PRODUCTS = ("cosine", "dot")
 class TritonPasses(Passes):
     """One kernel a pass; sums, maxima and similarities in float32 whatever the operands.
 
-    The GEMMs around the passes read operands of the inputs' own dtype: bfloat16 and float16 rows, and gradients of their
-    logits, go to the tensor cores as they are. Distances are computed from float32 rows, and so are inputs of two
-    dtypes. Float16 gradients are held times 2^14, because a softmax over many negatives is smaller than float16 goes.
+    The GEMMs around the passes read operands of the inputs' own dtype: bfloat16 and float16 rows, and gradients of
+    their logits, go to the tensor cores as they are. Distances are computed from float32 rows, and so are inputs of
+    two dtypes. Float16 gradients are held times 2^14, because a softmax over many negatives is smaller than float16
+    goes.
     """
 
     def __init__(self, problem: Problem, queries: Tensor, docs: Tensor) -> None:

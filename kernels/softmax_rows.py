@@ -1,10 +1,10 @@
-"""A block of rows, every column of every direction at hand: the softmax, the statistics and the gradient of the logits.
+"""A block of rows with every column of every direction: the softmax, the statistics and the logits' gradient.
 
-One program a row, which it walks twice: an online maximum and sum, then the gradient. The second read comes mostly from
-the cache. The gradient takes the place of the similarities. For 16-bit operands it takes the first half of each row's
-bytes, where the next GEMM reads it with a row stride of twice the columns: writing column j there overwrites the
-similarity j / 2, which this row's program has read by then and no other program reads. A barrier a step keeps fast
-threads from overtaking slow ones.
+One program a row, which it walks twice: an online maximum and sum, then the gradient. The second read comes mostly
+from the cache. The gradient takes the place of the similarities. For 16-bit operands it takes the first half of each
+row's bytes, where the next GEMM reads it with a row stride of twice the columns: writing column j there overwrites
+the similarity j / 2, which this row's program has read by then and no other program reads. A barrier a step keeps
+fast threads from overtaking slow ones.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -19,7 +19,15 @@ import triton.language as tl
 from torch import Tensor
 
 from tileloss.kernels.launch import launch
-from tileloss.kernels.logits import DIRECTION_CODES, LN_2, QUERY_TO_DOC, QUERY_TO_QUERY, Objective, candidates, to_logits
+from tileloss.kernels.logits import (
+    DIRECTION_CODES,
+    LN_2,
+    QUERY_TO_DOC,
+    QUERY_TO_QUERY,
+    Objective,
+    candidates,
+    to_logits,
+)
 from tileloss.kernels.unit_rows import block_of, warps_of
 from tileloss.tiled.passes import Tile
 

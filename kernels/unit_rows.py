@@ -1,8 +1,8 @@
 """Rows over their norms, and the way back.
 
-One program a row, which it reads twice: once for a sum in float32, once to write. The second read comes from the cache,
-so that the kernels move what they must and any width will do. Norms are clamped as `torch.nn.functional.normalize`
-clamps them, and below the clamp they count as constants in the gradient.
+One program a row, which it reads twice: once for a sum in float32, once to write. The second read comes from the
+cache, so that the kernels move what they must and any width will do. Norms are clamped as
+`torch.nn.functional.normalize` clamps them, and below the clamp they count as constants in the gradient.
 """
 
 # mypy: disable-error-code="no-untyped-def"

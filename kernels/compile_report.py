@@ -1,0 +1,295 @@
+"""Compile every kernel for GPUs that need not be there, and say what came out.
+
+    python -m tileloss.kernels.compile_report [--json PATH] [--target sm_90 ...]
+
+The passes are called as the driver calls them, with their launches recorded instead of run, over a covering set of
+features and dtypes; each launch is then compiled ahead of time. The table shows, per kernel, configuration and
+target, registers, spilled bytes, shared memory and the matrix instructions found. The status is 1 when a kernel does
+not compile, when a default configuration spills or does not fit its GPU, or when a GEMM has no matrix instructions
+(wgmma on Hopper). Exact float32 on NVIDIA is excused, which has none. That a kernel compiles says nothing of its
+speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from tqdm import tqdm
+from triton.backends.compiler import BaseBackend, GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.autotuner import Autotuner
+
+from tileloss.kernels.launch import Launch, recorded
+from tileloss.kernels.passes import TritonPasses
+from tileloss.spec import ContrastiveSpec
+from tileloss.tiled.passes import Problem, Tile
+
+GEMM = "normalisers_fwd_kernel"
+MATRIX_INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync", "mfma": "v_mfma"}
+TYPE_NAMES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.bool: "i1",
+}
+NOT_SHOWN = ("FLOOR", "HAS_IDS", "HAS_MASK", "num_ctas")  # said by the case, or the same everywhere
+SIZE, DOCS, WIDTH = 8192, 2 * 8192, 768
+MATRICES = [("query_to_doc", DOCS), ("query_to_query", SIZE), ("doc_to_doc", DOCS)]
+COVERED = (
+    "Each kernel with its features off, with all directions, ids and a hardness on, and with a mask and another "
+    "hardness on (float16: features off alone); the configurations to tune over with features off alone."
+)
+
+
+class Gpu(NamedTuple):
+    """A target of the compiler, and the shared memory that a program may take there."""
+
+    target: GPUTarget
+    shared_memory: int
+
+
+GPUS = {
+    "sm_80": Gpu(GPUTarget("cuda", 80, 32), 163 << 10),
+    "sm_90": Gpu(GPUTarget("cuda", 90, 32), 227 << 10),
+    "sm_100": Gpu(GPUTarget("cuda", 100, 32), 227 << 10),
+    "gfx942": Gpu(GPUTarget("hip", "gfx942", 64), 64 << 10),
+}
+
+
+class Feature(NamedTuple):
+    """Parts of the objective to switch on, and the matrices to go through."""
+
+    name: str
+    spec: ContrastiveSpec
+    matrices: list[tuple[str, int]]
+    ids: Tensor | None = None
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One compilation: everything as plain values, so that it travels to another process."""
+
+    kernel: str
+    module: str
+    case: str
+    config: str
+    is_default: bool
+    gpu: str
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    divisible: tuple[int, ...]  # the arguments known to be multiples of 16
+    options: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of a job; `error` is empty where it compiled."""
+
+    kernel: str
+    case: str
+    config: str
+    is_default: bool
+    gpu: str
+    registers: int = 0
+    spilled_bytes: int = 0
+    shared_bytes: int = 0
+    matrix: str = ""
+    error: str = ""
+
+    @property
+    def complaint(self) -> str:
+        """Why this row must not be, or an empty string."""
+        if self.error:
+            return f"did not compile: {self.error}"
+        if self.is_default and self.spilled_bytes:
+            return f"spills {self.spilled_bytes} bytes"
+        if self.is_default and self.shared_bytes > GPUS[self.gpu].shared_memory:
+            return f"needs {self.shared_bytes} bytes of shared memory of {GPUS[self.gpu].shared_memory}"
+        if self.kernel == GEMM and not ("ieee" in self.case and GPUS[self.gpu].target.backend == "cuda"):
+            wanted = ["wgmma"] if self.gpu == "sm_90" else list(MATRIX_INSTRUCTIONS)
+            if self.matrix not in wanted:
+                return f"has {self.matrix or 'no'} matrix instructions, expected {' or '.join(wanted)}"
+        return ""
+
+
+def record_cases(gpu: Gpu) -> Iterator[tuple[str, Launch]]:
+    """The launches of each case, with the case's name; tensors are on the meta device."""
+    ids = torch.empty(DOCS, dtype=torch.int64, device="meta")
+    mask = torch.empty(SIZE, DOCS, dtype=torch.bool, device="meta")
+    all_negatives = ContrastiveSpec(hardness="all_negatives", hardness_strength=1.0)
+    in_batch = ContrastiveSpec(hardness="in_batch_negatives", hardness_strength=1.0)
+    default = Feature("default", ContrastiveSpec(), MATRICES[:1])
+    features = [
+        default,
+        Feature("3 directions, ids, all_negatives", all_negatives, MATRICES, ids=ids),
+        Feature("mask, in_batch_negatives", in_batch, MATRICES[:1], mask=mask),
+    ]
+    cases = [("float32 ieee", torch.float32, "highest", features), ("bfloat16", torch.bfloat16, "highest", features)]
+    cases.append(("float16", torch.float16, "highest", [default]))
+    if gpu.target.backend != "hip":  # where float32 is always multiplied exactly
+        cases.append(("float32 tf32", torch.float32, "high", features))
+    before = torch.get_float32_matmul_precision()
+    for name, dtype, precision, wanted in cases:
+        torch.set_float32_matmul_precision(precision)
+        for feature in wanted:
+            with recorded(gpu.shared_memory) as launches:
+                call_passes(feature, dtype)
+            yield from ((f"{name}, {feature.name}", launch) for launch in launches)
+    torch.set_float32_matmul_precision(before)
+
+
+def call_passes(feature: Feature, dtype: torch.dtype) -> None:
+    """Every pass once, as both walks of the driver call them."""
+    problem = Problem(SIZE, DOCS, 20.0, feature.spec, feature.ids, feature.mask)
+    queries, docs = (torch.empty(rows, WIDTH, dtype=dtype, device="meta") for rows in (SIZE, DOCS))
+    passes = TritonPasses(problem, queries, docs)
+    unit_queries, norms = passes.unit_rows(queries)
+    unit_docs, _ = passes.unit_rows(docs)
+    passes.unit_rows_backward(torch.empty(unit_queries.shape, device="meta"), unit_queries, norms, 1.0)
+    tiles = [Tile(direction, 0, SIZE, 0, columns) for direction, columns in feature.matrices]
+    block = torch.empty(SIZE, sum(tile.width for tile in tiles), device="meta")
+    for gradients in (True, False):
+        passes.softmax_gradient(tiles, block, gradients)
+    for direction, columns in feature.matrices:
+        tile = Tile(direction, 0, SIZE, 0, columns, twins=(0, SIZE))
+        right = unit_queries if direction == "query_to_query" else unit_docs
+        normaliser, _ = passes.fused_normalisers(tile, unit_queries, right)
+        passes.gradient(tile, torch.empty(SIZE, columns, device="meta"), normaliser, normaliser)
+
+
+def jobs_for(name: str) -> list[Job]:
+    """What to compile for a GPU: each recorded launch in each of its configurations, equal ones once."""
+    jobs: dict[str, Job] = {}
+    for case, launch in record_cases(GPUS[name]):
+        configs = launch.kernel.configs if isinstance(launch.kernel, Autotuner) else [None]
+        for position, config in enumerate(configs if "default" in case else configs[:1]):
+            job = _job(name, case, launch, config, is_default=position == 0)
+            jobs.setdefault(repr(replace(job, case="")), job)
+    return list(jobs.values())
+
+
+def _job(gpu: str, case: str, launch: Launch, config: triton.Config | None, is_default: bool) -> Job:
+    """A launch as the compiler wants it: types, constants, and which arguments are multiples of 16."""
+    kernel = jit_function(launch.kernel)
+    given = launch.constants | (config.all_kwargs() if config else {})
+    options = {key: given.pop(key) for key in ("num_warps", "num_stages", "num_ctas", "maxnreg") if key in given}
+    constants, signature, divisible = dict(given), {}, []
+    for parameter, value in zip(kernel.params, launch.arguments, strict=False):  # the constants come after
+        specialised = isinstance(value, int) and not parameter.do_not_specialize
+        if specialised and value == 1:
+            constants[parameter.name] = 1
+        elif isinstance(value, Tensor) or (specialised and value % 16 == 0):
+            divisible.append(parameter.num)
+        signature[parameter.name] = type_of(value)
+    signature |= dict.fromkeys(constants, "constexpr")
+    shown = {key: value for key, value in (given | options).items() if key not in NOT_SHOWN}
+    config_name = " ".join(f"{key}={value}" for key, value in shown.items())
+    return Job(
+        kernel.__name__, kernel.__module__, case, config_name, is_default, gpu, signature, constants, tuple(divisible),
+        options,
+    )  # fmt: skip
+
+
+def jit_function(kernel: Any) -> triton.JITFunction:
+    """The kernel itself, under its tuner if it has one."""
+    return kernel.fn if isinstance(kernel, Autotuner) else kernel
+
+
+def type_of(value: Any) -> str:
+    """The compiler's name for the type of an argument."""
+    if isinstance(value, Tensor):
+        return "*" + TYPE_NAMES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if value < 1 << 31 else "i64"
+
+
+def compile_job(job: Job) -> Row:
+    """Compile a job and read what the binary says of itself."""
+    about = (job.kernel, job.case, job.config, job.is_default, job.gpu)
+    kernel = jit_function(getattr(importlib.import_module(job.module), job.kernel))
+    constants = {(kernel.arg_names.index(name),): value for name, value in job.constants.items()}
+    attributes = {(position,): BaseBackend.parse_attr("D") for position in job.divisible}
+    source = ASTSource(kernel, job.signature, constants, attributes)
+    try:
+        compiled = triton.compile(source, target=GPUS[job.gpu].target, options=dict(job.options))
+    except Exception as error:
+        return Row(*about, error=f"{type(error).__name__}: {error}".strip().splitlines()[0])
+    listing = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
+    matrix = next((name for name, pattern in MATRIX_INSTRUCTIONS.items() if pattern in listing), "")
+    registers, spilled = nvidia_usage(compiled.asm["cubin"]) if "cubin" in compiled.asm else amd_usage(listing)
+    return Row(*about, registers, spilled, compiled.metadata.shared, matrix)
+
+
+def nvidia_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread and bytes of its local memory, which is where registers spill to."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage)
+    assert found, usage
+    return int(found[1]), int(found[2]) + int(found[3])
+
+
+def amd_usage(listing: str) -> tuple[int, int]:
+    """Vector registers a thread and bytes spilled, from the metadata of the assembly."""
+    registers, spilled = (re.search(rf"\.{key}:\s+(\d+)", listing) for key in ("vgpr_count", "vgpr_spill_count"))
+    assert registers, listing[-2000:]
+    assert spilled, listing[-2000:]
+    return int(registers[1]), 4 * int(spilled[1])
+
+
+def print_table(rows: list[Row]) -> None:
+    """The rows by kernel, then target."""
+    print(f"\n{'kernel':<28} {'target':<7} {'regs':>4} {'spill':>5} {'shared':>7} {'matrix':<7} case; configuration")
+    for row in sorted(rows, key=lambda row: (row.kernel, row.gpu, row.case, row.config)):
+        mark = " " if row.is_default else "  (tuned)"
+        print(
+            f"{row.kernel:<28} {row.gpu:<7} {row.registers:>4} {row.spilled_bytes:>5} {row.shared_bytes:>7} "
+            f"{row.matrix or '-':<7} {row.case}; {row.config}{mark}{row.error}"
+        )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Compile every kernel for GPUs that need not be there.")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the rows as JSON")
+    parser.add_argument("--target", nargs="+", choices=list(GPUS), default=list(GPUS), help="compile for these alone")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="compile so many at a time")
+    chosen = parser.parse_args(arguments)
+    jobs = [job for gpu in chosen.target for job in jobs_for(gpu)]
+    print(f"Triton {triton.__version__}: {len(jobs)} compilations. {COVERED}")
+    with ProcessPoolExecutor(chosen.jobs, multiprocessing.get_context("spawn")) as pool:
+        rows = list(tqdm(pool.map(compile_job, jobs), total=len(jobs), unit="kernel", mininterval=2.0))
+    print_table(rows)
+    if chosen.json:
+        report = {"triton": triton.__version__, "rows": [asdict(row) for row in rows]}
+        chosen.json.write_text(json.dumps(report, indent=1) + "\n")
+    complaints = [
+        f"{row.kernel} on {row.gpu} ({row.case}; {row.config}) {row.complaint}" for row in rows if row.complaint
+    ]
+    print(*complaints, sep="\n", file=sys.stderr)
+    print(f"{len(rows)} compiled, {len(complaints)} not as they must be.")
+    return 1 if complaints else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
