@@ -101,6 +101,11 @@ def test_labels_and_all_columns_reach_the_loss(tmp_path):
 
 
 def test_accumulated_batches_average_their_gradients(tmp_path):
+    class WithOptions(StaticEncoder):
+        # the Trainer takes such a model for one that is told how many labels the accumulated batches have
+        def forward(self, features, **options):
+            return super().forward(features)
+
     class Mean(nn.Module):
         def __init__(self, model):
             super().__init__()
@@ -111,12 +116,13 @@ def test_accumulated_batches_average_their_gradients(tmp_path):
 
     weights = []
     for batch, accumulated in ((16, 1), (4, 4)):
-        encoder = _encoder()
-        trainer = _trainer(
-            tmp_path, encoder, Mean(encoder), per_device_train_batch_size=batch, max_steps=1, optim="sgd",
-            gradient_accumulation_steps=accumulated,
+        torch.manual_seed(0)
+        encoder = WithOptions(TOKENIZER, dimension=24, max_length=8)
+        arguments = _arguments(
+            tmp_path, per_device_train_batch_size=batch, max_steps=1, optim="sgd", gradient_accumulation_steps=accumulated
         )  # fmt: skip
-        trainer.train()
+        labelled = PAIRS.add_column("label", list(range(48)))
+        EmbeddingTrainer(encoder, arguments, Mean(encoder), labelled).train()
         weights.append(encoder.embeddings.weight.detach())
     torch.testing.assert_close(*weights)
 

@@ -69,12 +69,7 @@ def plot_recall(history: Sequence[Record], path: Path, candidates: int) -> None:
         ("eval_recall@1", "recall@1", "^"),
     ):
         steps, values = _series(history, key)
-        (line,) = axes.plot(steps, values, marker=marker, markersize=4, label=label)
-        for position in (0, -1):
-            axes.annotate(
-                f"{values[position]:.2f}", (steps[position], values[position]),
-                xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8, color=line.get_color(),
-            )  # fmt: skip
+        axes.plot(steps, values, marker=marker, markersize=4, label=f"{label}: {values[0]:.2f} to {values[-1]:.2f}")
     axes.set_ylim(0, 1)
-    axes.legend(loc="upper left", frameon=False, ncols=3)
+    axes.legend(loc="upper left", frameon=False, ncols=3, fontsize="small")
     figure.savefig(path)

@@ -83,6 +83,7 @@ def run(job: TrainJob, args: TrainArguments) -> dict[str, Any]:
     print(explain(torch.empty(args.train_batch_size, encoder.get_embedding_dimension(), device=args.device)))
 
     before = trainer.evaluate()
+    print("before training: " + ", ".join(f"{name} {before[f'eval_{name}']:.3f}" for name in METRICS))
     trained = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
     # evaluation is not what is measured
     seconds = trained["train_runtime"] - sum(record.get("eval_runtime", 0) for record in trainer.state.log_history)
