@@ -118,9 +118,8 @@ def test_accumulated_batches_average_their_gradients(tmp_path):
     for batch, accumulated in ((16, 1), (4, 4)):
         torch.manual_seed(0)
         encoder = WithOptions(TOKENIZER, dimension=24, max_length=8)
-        arguments = _arguments(
-            tmp_path, per_device_train_batch_size=batch, max_steps=1, optim="sgd", gradient_accumulation_steps=accumulated
-        )  # fmt: skip
+        sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated}
+        arguments = _arguments(tmp_path, max_steps=1, optim="sgd", **sizes)
         labelled = PAIRS.add_column("label", list(range(48)))
         EmbeddingTrainer(encoder, arguments, Mean(encoder), labelled).train()
         weights.append(encoder.embeddings.weight.detach())
