@@ -5,8 +5,8 @@ autograd: the definition, and the fastest for small batches. `tiled` walks over 
 bounded memory on any device. `triton` is the same walk with fused passes in Triton, for CUDA, ROCm and XPU.
 
 "auto" takes the best that can run: triton on a device that has it, tiled elsewhere, reference below the size where
-blocks pay. When a feature of the call rules the best one out, the choice falls back and says so once. A backend that was
-asked for by name never falls back: it runs, or `BackendError` says why it cannot.
+blocks pay. When a feature of the call rules the best one out, the choice falls back and says so once. A backend that
+was asked for by name never falls back: it runs, or `BackendError` says why it cannot.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ def requested() -> str:
     """The backend that was asked for: by the enclosing `use_backend`, else by TILELOSS_BACKEND, else "auto"."""
     if _forced is not None:
         return _forced
-    return _check_name(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", f"the environment variable {ENVIRONMENT_VARIABLE}")
+    name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+    return _check_name(name, f"the environment variable {ENVIRONMENT_VARIABLE}")
 
 
 def interpreting() -> bool:
@@ -142,13 +143,12 @@ def choose(
     else:
         name = "reference"
     if name == best:
-        return Choice(name, f"it is the fastest for {tensor.device.type} tensors")
+        return Choice(name, f"it is the fastest on {tensor.device.type}")
     reason = obstacles[best]
     _say_once(f"tileloss falls back from the {best!r} to the {name!r} backend: {reason}.")
     return Choice(name, f"{best!r} was ruled out: {reason}")
 
 
-@torch.compiler.assume_constant_result
 def _say_once(message: str) -> None:
     if message not in _said:
         _said.add(message)
@@ -164,7 +164,8 @@ def explain(
         ShapeError: for a tensor that is no matrix.
 
     >>> print(explain(torch.randn(4096, 384)))
-    An in-batch loss over 4,096 rows of 384 (float32, cpu) runs on the 'tiled' backend: it is the fastest for cpu tensors.
+    An in-batch loss over 4,096 rows of 384 (float32, cpu) runs on the 'tiled' backend: it is the fastest on cpu.
+    The 'triton' backend cannot serve it: Triton has no kernels for cpu tensors.
     """
     if tensor.ndim != 2:
         raise ShapeError(f"explain takes a matrix of embeddings (rows, dimension), got shape {tuple(tensor.shape)}.")
@@ -176,5 +177,5 @@ def explain(
     except BackendError as error:
         return f"{subject} would raise BackendError. {error}"
     obstacle = _triton_obstacle(tensor.device, tensor.dtype)
-    why_not = f" The 'triton' backend cannot serve it: {obstacle}." if obstacle and choice.backend != "triton" else ""
+    why_not = f"\nThe 'triton' backend cannot serve it: {obstacle}." if obstacle and choice.backend != "triton" else ""
     return f"{subject} runs on the {choice.backend!r} backend: {choice.reason}.{why_not}"

@@ -1,7 +1,7 @@
 """The errors of tileloss: one family, told apart by what the caller has to mend.
 
-Each also inherits the built-in type that plain PyTorch or sentence-transformers would have raised for the same mistake,
-so that code which catches those keeps working.
+Each also inherits the built-in type that plain PyTorch or sentence-transformers would have raised for the same
+mistake, so that code which catches those keeps working.
 """
 
 

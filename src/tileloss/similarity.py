@@ -1,9 +1,9 @@
 """The similarities that tileloss knows, under sentence-transformers' names, and how others are recognised.
 
 Four similarities have block algorithms: cosine, dot, negative Euclidean and negative Manhattan distance. A loss may be
-given any of them by name ("cosine"), as the functions of this module, or as sentence-transformers' functions of the same
-name; the latter are recognised by `__name__` and `__module__`, so that sentence-transformers is never imported. Every
-other callable is materialised, unless it declares with `rowwise` that it can be computed in row blocks.
+given any of them by name ("cosine"), as the functions of this module, or as sentence-transformers' functions of the
+same name; the latter are recognised by `__name__` and `__module__`, so that sentence-transformers is never imported.
+Every other callable is materialised, unless it declares with `rowwise` that it can be computed in row blocks.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from tileloss.errors import InputError
 
 SimilarityFn = Callable[[Tensor, Tensor], Tensor]
 _Fn = TypeVar("_Fn", bound=Callable[..., Tensor])
@@ -89,14 +91,13 @@ _STOCK_PACKAGES = ("tileloss", "sentence_transformers")
 def recognise(similarity: str | SimilarityFn) -> str | SimilarityFn:
     """The name of a similarity that has a block algorithm, or the callable itself when it has none.
 
-    Takes "cosine", "dot", "euclidean" or "manhattan", one of the functions above or its sentence-transformers namesake,
-    a member of sentence-transformers' `SimilarityFunction`, or the bound `model.similarity` of a SentenceTransformer.
+    Takes "cosine", "dot", "euclidean" or "manhattan", one of the functions above or its sentence-transformers
+    namesake, a member of sentence-transformers' `SimilarityFunction`, or the bound `model.similarity` of a
+    SentenceTransformer.
 
     Raises:
         InputError: for a name that is none of the four, or an object that is neither a name nor callable.
     """
-    from tileloss.errors import InputError
-
     name = getattr(similarity, "value", similarity)  # an enum member carries the name as its value
     if isinstance(name, str):
         if name not in SIMILARITIES:
@@ -108,7 +109,9 @@ def recognise(similarity: str | SimilarityFn) -> str | SimilarityFn:
     if bound_name in SIMILARITIES:
         return bound_name
     package = (getattr(similarity, "__module__", None) or "").partition(".")[0]
-    return _STOCK_FUNCTIONS.get(getattr(similarity, "__name__", ""), similarity) if package in _STOCK_PACKAGES else similarity
+    if package not in _STOCK_PACKAGES:
+        return similarity
+    return _STOCK_FUNCTIONS.get(getattr(similarity, "__name__", ""), similarity)
 
 
 def _bound_model_similarity(similarity: Any) -> str:

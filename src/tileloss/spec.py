@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tileloss.errors import InputError
@@ -28,7 +29,7 @@ class ContrastiveSpec:
     """
 
     similarity: str | SimilarityFn = "cosine"
-    directions: tuple[str, ...] = ("query_to_doc",)
+    directions: Sequence[str] = ("query_to_doc",)
     partition: str = "joint"
     hardness: str | None = None
     hardness_strength: float = 0.0
@@ -50,7 +51,7 @@ class ContrastiveSpec:
 
     def _check_directions(self) -> None:
         if isinstance(self.directions, str):
-            raise InputError(f"directions must be a tuple of names, got the string {self.directions!r}: write ({self.directions!r},).")
+            raise InputError(f"directions must be a tuple of names, got a string: write ({self.directions!r},).")
         if not self.directions:
             raise InputError("At least one direction must be specified.")
         unknown = sorted(set(map(str, self.directions)) - set(DIRECTIONS))

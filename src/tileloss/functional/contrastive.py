@@ -1,8 +1,8 @@
 """In-batch softmax cross-entropy (InfoNCE and its relatives) without the batch-by-batch matrix.
 
-The forward computes the loss and, when they will be wanted, the gradients of its inputs in one walk over row blocks; the
-backward only scales what is there. Nothing of size B x M is held, and there is nothing to recompute. The price is that a
-forward whose backward is never called has done the backward's work; under `torch.no_grad` it does none of it.
+The forward computes the loss and, when they will be wanted, the gradients of its inputs in one walk over row blocks;
+the backward only scales what is there. Nothing of size B x M is held, and there is nothing to recompute. The price is
+that a forward whose backward is never called has done the backward's work; under `torch.no_grad` it does none of it.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def contrastive_loss(
 ) -> Tensor:
     """Mean over queries of log-sum-exp(candidates) minus the positive's logit: cross-entropy with in-batch negatives.
 
-    The row of query i holds, by direction, the scaled similarities of: query i to all documents (query_to_doc), query i
-    to the other queries (query_to_query), positive i to all queries (doc_to_query), positive i to all documents of other
-    queries (doc_to_doc).
+    The row of query i holds, by direction, the scaled similarities of: query i to all documents (query_to_doc), query
+    i to the other queries (query_to_query), positive i to all queries (doc_to_query), positive i to all documents of
+    other queries (doc_to_doc).
 
     Args:
         queries: (B, D) floating point, B >= 1, any strides.
@@ -59,9 +59,9 @@ def contrastive_loss(
             multiple of B they are columns of hard negatives, row c * B + i belonging to query i.
         scale: what similarities are multiplied by (1 / temperature); a positive number, or a 0-dim tensor, which gets
             its gradient.
-        similarity: "cosine", "dot", "euclidean" or "manhattan" (negative distances), sentence-transformers' function of
-            that name, or any callable (N, D), (M, D) -> (N, M). A callable runs materialised unless `tileloss.rowwise`
-            declares it.
+        similarity: "cosine", "dot", "euclidean" or "manhattan" (negative distances), sentence-transformers' function
+            of that name, or any callable (N, D), (M, D) -> (N, M). A callable runs materialised unless
+            `tileloss.rowwise` declares it.
         directions: a subset of the four above, with "query_to_doc" in it.
         partition: "joint", one softmax over the whole row, or "per_direction", one over each direction, averaged.
         hardness: (mode, strength): adds strength * stop_gradient(similarity) to the query_to_doc logits of
@@ -81,7 +81,7 @@ def contrastive_loss(
 
     Cost:
         Three GEMMs of B x M x D for query_to_doc forward and backward together, four with doc_to_query. Memory beside
-        inputs and gradients: a copy of the inputs and blocks of 16 MB on a CPU, 256 MB on a GPU.
+        inputs and gradients: a copy of the inputs and blocks of 16 MB on a CPU, 224 MB on a GPU.
 
     Source:
         van den Oord et al. 2018 (arXiv 1807.03748); directions: Li et al. 2023 (2308.03281); hardness: Lan et al. 2025
@@ -121,7 +121,7 @@ def _contrastive(
     exclude: Tensor | None,
 ) -> tuple[Tensor, ContrastiveStats]:
     directions = directions if isinstance(directions, str) else tuple(directions or ())
-    spec = ContrastiveSpec(similarity, directions, partition, *_mode_and_strength(hardness))  # type: ignore[arg-type]
+    spec = ContrastiveSpec(similarity, directions, partition, *_mode_and_strength(hardness))
     check_scale(scale)
     scale = scale.reshape(()) if isinstance(scale, Tensor) else scale  # so that its dtype never decides the result's
     _check_embeddings(queries, docs, spec)
@@ -171,7 +171,9 @@ def _check_embeddings(queries: Tensor, docs: Tensor, spec: ContrastiveSpec) -> N
         raise DtypeError(f"queries are {queries.dtype} and docs {docs.dtype}; convert one to the other's dtype.")
     size, count = len(queries), len(docs)
     if count < size:
-        raise ShapeError(f"There are {size} queries and only {count} docs: each query needs its positive, docs[i] for queries[i].")
+        raise ShapeError(
+            f"There are {size} queries and only {count} docs: docs[i] must be the positive of queries[i]."
+        )
     if size and count % size and ("doc_to_doc" in spec.directions or spec.weighs_hardness):
         raise ShapeError(
             f"doc_to_doc and hardness must know whose negatives the docs are: their number ({count}) must be a "
@@ -221,4 +223,4 @@ def _obstacles(spec: ContrastiveSpec, queries: Tensor, docs: Tensor) -> dict[str
     if spec.similarity(queries[:1].detach(), docs[:1].detach()).requires_grad:
         reason = f"the similarity {spec.similarity!r} has parameters, whose gradients row blocks do not collect"
         return dict.fromkeys(("tiled", "triton"), reason)
-    return {"triton": f"the similarity {spec.similarity!r} is a Python function, which autograd computes in row blocks"}
+    return {"triton": f"the similarity {spec.similarity!r} is a Python function, for autograd to follow in row blocks"}

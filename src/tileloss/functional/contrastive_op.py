@@ -1,9 +1,9 @@
 """The contrastive loss as a registered operator: `torch.ops.tileloss.contrastive`, opaque to `torch.compile`.
 
-Forward returns loss, statistics and the gradients that were asked for; backward scales them. When the backward is itself
-to be differentiated (`create_graph=True`), it runs through the materialised definition instead, whose graph autograd can
-follow. A similarity that is a Python function cannot be an operator's argument: it takes the same road as an
-`autograd.Function`.
+Forward returns loss, statistics and the gradients that were asked for; backward scales them. When the backward is
+itself to be differentiated (`create_graph=True`), it runs through the materialised definition instead, whose graph
+autograd can follow. A similarity that is a Python function cannot be an operator's argument: it takes the same road as
+an `autograd.Function`.
 """
 
 from __future__ import annotations
@@ -63,20 +63,23 @@ def _contrastive(
     if backend == "triton":
         from tileloss.kernels import TritonPasses as passes
     result = tiled.contrastive_loss(queries, docs, scale_, spec, doc_ids, mask, Needs(*needs), passes)
-    d_scale = result.d_scale if scale_tensor is None or result.d_scale is None else result.d_scale.to(scale_tensor.dtype)
-    gradients = (result.d_queries, result.d_docs, d_scale)
-    return (result.loss, result.stats, *(queries.new_empty(0) if g is None else g for g in gradients))
+    # an operator returns tensors only: a gradient that nobody asked for is an empty one
+    d_queries, d_docs, d_scale = (queries.new_empty(0) if g is None else g for g in result[2:])
+    if scale_tensor is not None:
+        d_scale = d_scale.to(scale_tensor.dtype)
+    return result.loss, result.stats, d_queries, d_docs, d_scale
 
 
 @_contrastive.register_fake
-def _(
-    queries, docs, scale_tensor, doc_ids, mask, scale, similarity, directions, partition, hardness, hardness_strength,
-    needs, backend,
-):  # fmt: skip  # type: ignore[no-untyped-def]
+def _shapes(queries: Tensor, docs: Tensor, scale_tensor: Tensor | None, *settings: Any) -> tuple[Tensor, ...]:
+    needs = settings[-2]
     sums = torch.float64 if torch.float64 in (queries.dtype, docs.dtype) else torch.float32
     loss, stats = queries.new_empty((), dtype=sums), queries.new_empty(3, dtype=torch.float32)
-    wanted = zip((queries, docs, scale_tensor), needs, strict=True)
-    return (loss, stats, *(torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else queries.new_empty(0) for x, need in wanted))
+    gradients = [queries.new_empty(0) for _ in needs]
+    for place, (x, need) in enumerate(zip((queries, docs, scale_tensor), needs, strict=True)):
+        if need and x is not None:
+            gradients[place] = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return loss, stats, *gradients
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -23,7 +23,7 @@ _ORACLE_MODULE = "sentence_transformers.base.losses.merged_forward"
 
 
 def embed_columns(model: nn.Module, columns: Iterable[Features]) -> list[Tensor]:
-    """Embeddings (B, D) of each column, in order: the "sentence_embedding" that the model puts into its feature dict."""
+    """Embeddings (B, D) of each column, in order: the "sentence_embedding" that the model adds to its features."""
     columns = list(columns)
     if not columns:
         return []
@@ -47,9 +47,10 @@ def _merged(columns: Sequence[Features]) -> Features | None:
     first = columns[0]
     if any(column.keys() != first.keys() for column in columns) or "cu_seq_lens_q" in first:
         return None
-    rows = next((len(x) for x in map(first.get, ("input_ids", "attention_mask")) if _is_matrix(x)), None)
-    if rows is None:
+    matrices = [x for x in map(first.get, ("input_ids", "attention_mask")) if isinstance(x, Tensor) and x.ndim >= 2]
+    if not matrices:
         return None
+    rows = len(matrices[0])
     merged = {}
     for key in first:
         values = [column[key] for column in columns]
@@ -65,12 +66,8 @@ def _merged(columns: Sequence[Features]) -> Features | None:
     return merged
 
 
-def _is_matrix(x: object) -> bool:
-    return isinstance(x, Tensor) and x.ndim >= 2
-
-
 def _joined(values: Sequence[Any], rows: int) -> Tensor | None:
-    """The tensors under each other, padded to one width; None unless they are one row per example and alike beyond it."""
+    """The tensors under each other, padded to one width; None unless they have a row per example and are alike."""
     first = values[0]
     for value in values:
         if not isinstance(value, Tensor) or value.ndim != first.ndim or value.ndim == 0 or len(value) != rows:

@@ -26,18 +26,19 @@ class MultipleNegativesRankingLoss(nn.Module):
     Drop-in for sentence-transformers' class of this name: the same arguments, columns, values and gradients, without
     the matrices of batch by batch. Memory is linear in the batch; time is that of three GEMMs.
 
-    Columns are (query, positive[, negative_1, ..., negative_n]); labels are ignored unless `exclude_same_label` is set.
-    The formula, by direction, is that of `tileloss.functional.contrastive_loss`, which also states cost and sources.
+    Columns are (query, positive[, negative_1, ..., negative_n]); labels are ignored unless `exclude_same_label` is
+    set. The formula, by direction, is that of `tileloss.functional.contrastive_loss`, which also states cost and
+    sources.
 
     Args:
         model: maps a feature dict to one that holds "sentence_embedding" (B, D), such as a SentenceTransformer.
         scale: what similarities are multiplied by, 1 / temperature; a number, or a 0-dim tensor or parameter that is
             trained along. 20 suits cosine similarity; use 1 with dot products.
         similarity_fct: one of `tileloss.similarity`'s functions, sentence-transformers' of the same name, or any
-            callable (N, D), (M, D) -> (N, M). A callable of your own is materialised, unless `tileloss.rowwise` declares
-            that it may run in row blocks.
-        gather_across_devices: share candidates between the processes of a distributed run. Only for one process so far:
-            with more, the call raises NotImplementedError.
+            callable (N, D), (M, D) -> (N, M). A callable of your own is materialised, unless `tileloss.rowwise`
+            declares that it may run in row blocks.
+        gather_across_devices: share candidates between the processes of a distributed run. Only for one process so
+            far: with more, the call raises NotImplementedError.
         directions: what a query's row of candidates holds: "query_to_doc" (always), "query_to_query", "doc_to_query",
             "doc_to_doc".
         partition_mode: "joint", one softmax over all directions, or "per_direction", one for each, averaged.
@@ -88,7 +89,7 @@ class MultipleNegativesRankingLoss(nn.Module):
         ContrastiveSpec(similarity_fct, self.directions, partition_mode, hardness_mode, hardness_strength)
         if hardness_mode is not None and hardness_strength == 0.0:
             logger.warning(
-                f"hardness_mode={hardness_mode!r} has no effect with hardness_strength=0.0; give it a positive strength."
+                f"hardness_mode={hardness_mode!r} has no effect with hardness_strength=0.0: give it a positive one."
             )
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
@@ -118,7 +119,7 @@ class MultipleNegativesRankingLoss(nn.Module):
     def _check_columns(self, queries: Tensor, docs: Sequence[Tensor]) -> None:
         """Column by column what is later seen only as one matrix of documents."""
         if len(docs[0]) < len(queries):
-            raise ShapeError(f"There are {len(queries)} queries but {len(docs[0])} positives; each query needs its own.")
+            raise ShapeError(f"There are {len(queries)} queries but {len(docs[0])} positives; each needs its own.")
         widths = [column.shape[-1] for column in docs]
         if len(set(widths)) > 1:
             raise ShapeError(f"The document columns have different widths: {widths}; embed all by one model.")
@@ -135,7 +136,9 @@ class MultipleNegativesRankingLoss(nn.Module):
         if labels is None:
             raise InputError("exclude_same_label=True needs labels: one integer id for each row.")
         if labels.numel() != size:
-            raise ShapeError(f"exclude_same_label=True needs one id for each of the {size} rows, got {labels.numel()}.")
+            raise ShapeError(
+                f"exclude_same_label=True needs one id for each of the {size} rows, got {labels.numel()}."
+            )
         return labels.view(-1)
 
     def get_config_dict(self) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 A block similarity prepares the rows once (`prepare`), fills blocks of similarities (`fill`), turns a block's gradient
 into contributions to the gradients of the prepared rows (`pull`), and carries those back through the preparation
-(`finish`). `degree` is the degree of homogeneity in both arguments together, which gives the gradient of the scale from
-the gradients of the rows (Euler's theorem) without another look at the blocks.
+(`finish`). `degree` is the degree of homogeneity in both arguments together, which gives the gradient of the scale
+from the gradients of the rows (Euler's theorem) without another look at the blocks.
 """
 
 from __future__ import annotations
@@ -95,9 +95,7 @@ class Euclidean(Dot):
         torch.neg(distances, out=out)
         return distances
 
-    def pull(
-        self, grad: Tensor, x: Tensor, y: Tensor, saved: Any, dx: Tensor | None, dy: Tensor | None
-    ) -> None:
+    def pull(self, grad: Tensor, x: Tensor, y: Tensor, saved: Any, dx: Tensor | None, dy: Tensor | None) -> None:
         # d(-|x - y|)/dx = -(x - y)/|x - y|, so with w = grad/|x - y| the sum over y is  w y - (sum of w) x
         weights = torch.where(saved > 0, grad / saved, 0.0)
         super().pull(weights, x, y, None, dx, dy)
@@ -121,9 +119,7 @@ class Manhattan(Dot):
         torch.neg(distances, out=out)
         return distances
 
-    def pull(
-        self, grad: Tensor, x: Tensor, y: Tensor, saved: Any, dx: Tensor | None, dy: Tensor | None
-    ) -> None:
+    def pull(self, grad: Tensor, x: Tensor, y: Tensor, saved: Any, dx: Tensor | None, dy: Tensor | None) -> None:
         backward = torch.ops.aten._cdist_backward
         if dx is not None:
             dx.sub_(backward(grad.contiguous(), x, y, 1.0, saved))
@@ -160,12 +156,11 @@ class RowwiseCallable(Dot):
         with torch.enable_grad():
             return x, y, similarities.t()
 
-    def pull(
-        self, grad: Tensor, x: Tensor, y: Tensor, saved: Any, dx: Tensor | None, dy: Tensor | None
-    ) -> None:
+    def pull(self, grad: Tensor, x: Tensor, y: Tensor, saved: Any, dx: Tensor | None, dy: Tensor | None) -> None:
         x, y, similarities = saved
         self.scale_gradient = self.scale_gradient + (grad * similarities.detach()).sum()
-        for total, gradient in zip((dx, dy), torch.autograd.grad(similarities, (x, y), grad.to(similarities.dtype))):
+        gradients = torch.autograd.grad(similarities, (x, y), grad.to(similarities.dtype))
+        for total, gradient in zip((dx, dy), gradients, strict=True):
             if total is not None:
                 total.add_(gradient)
 
