@@ -191,7 +191,8 @@ def test_a_forced_backend_never_falls_back() -> None:
 
 def test_explain_says_what_would_run_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert explain(torch.empty(4096, 384)) == (
-        "An in-batch loss over 4,096 rows of 384 (float32, cpu) runs on the 'tiled' backend: it is the fastest on cpu.\n"
+        "An in-batch loss over 4,096 rows of 384 (float32, cpu) runs on the 'tiled' backend: "
+        "it is the fastest on cpu.\n"
         "The 'triton' backend cannot serve it: Triton has no kernels for cpu tensors."
     )
     assert "runs on the 'reference' backend: at this size the materialised form is fastest" in explain(
