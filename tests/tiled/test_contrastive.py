@@ -90,22 +90,52 @@ def test_any_size(size: int, count: int, width: int, directions: tuple[str, ...]
         assert_same(found, by_definition(queries, docs, 5.0, spec, doc_ids, None), doc_ids is None)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("similarity", SIMILARITIES)
-@pytest.mark.parametrize("directions", [("query_to_doc", "query_to_query"), DIRECTIONS])
+@pytest.mark.parametrize(
+    "directions",
+    [("query_to_doc",), ("query_to_doc", "query_to_query"), ("query_to_doc", "doc_to_query"), DIRECTIONS],
+)
 def test_a_gradient_does_not_depend_on_which_others_are_wanted(
-    similarity: str | SimilarityFn, directions: tuple[str, ...], small_blocks: int
+    directions: tuple[str, ...], similarity: str | SimilarityFn, dtype: torch.dtype, small_blocks: int
 ) -> None:
     torch.manual_seed(0)
     spec = ContrastiveSpec(similarity, directions)
-    queries, docs = torch.randn(16, 5).double(), torch.randn(32, 5).double()
-    whole = tiled.contrastive_loss(queries, docs, 3.0, spec, None, None, ALL)
+    queries, docs = torch.randn(16, 5).to(dtype), torch.randn(32, 5).to(dtype)
+    whole = tiled.contrastive_loss(queries, docs, 1.0, spec, None, None, ALL)
+    close = {"rtol": 1e-12, "atol": 1e-14} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-6}
     for wanted in itertools.product((False, True), repeat=3):
-        part = tiled.contrastive_loss(queries, docs, 3.0, spec, None, None, Needs(*wanted))
-        torch.testing.assert_close(part.loss, whole.loss, rtol=1e-13, atol=0.0)
+        part = tiled.contrastive_loss(queries, docs, 1.0, spec, None, None, Needs(*wanted))
+        torch.testing.assert_close(part.loss, whole.loss, **close)
         for need, found, expected in zip(wanted, part[2:], whole[2:], strict=True):
             assert (found is not None) == need
             if need:
-                torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+                torch.testing.assert_close(found, expected, **close)
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize("directions", [("query_to_doc",), ("query_to_doc", "doc_to_query"), DIRECTIONS])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_rows_have_the_gradients_of_the_same_numbers_in_float32(
+    dtype: torch.dtype,
+    directions: tuple[str, ...],
+    similarity: str | SimilarityFn,
+    small_blocks: int,
+    poisoned_empty: None,
+) -> None:
+    """Rounded once, at the end: sums in float32, whichever of them are finished block by block."""
+    torch.manual_seed(0)
+    queries, docs = torch.randn(20, 5).to(dtype), torch.randn(40, 5).to(dtype)
+    spec = ContrastiveSpec(similarity, directions)
+    narrow = tiled.contrastive_loss(queries, docs, 1.0, spec, None, None, ALL)
+    wide = tiled.contrastive_loss(queries.float(), docs.float(), 1.0, spec, None, None, ALL)
+    torch.testing.assert_close((narrow.loss, narrow.d_scale), (wide.loss, wide.d_scale), rtol=1e-5, atol=1e-6)
+    for found, expected in zip(narrow[2:4], wide[2:4], strict=True):
+        assert found is not None
+        assert expected is not None
+        assert found.dtype == dtype
+        unit = torch.finfo(dtype).eps
+        torch.testing.assert_close(found.float(), expected, rtol=unit, atol=1e-3 * unit)
 
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)
