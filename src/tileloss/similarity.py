@@ -23,9 +23,14 @@ SimilarityFn = Callable[[Tensor, Tensor], Tensor]
 _Fn = TypeVar("_Fn", bound=Callable[..., Tensor])
 
 
+def up_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 for floats narrower than 32 bits, and every other dtype itself."""
+    return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
+
+
 def up(x: Tensor) -> Tensor:
     """Raise floats narrower than 32 bits to float32; leave every other dtype as it is."""
-    return x.float() if x.is_floating_point() and x.element_size() < 4 else x
+    return x.to(up_dtype(x.dtype))
 
 
 def full_precision(device_type: str) -> AbstractContextManager[Any]:

@@ -225,3 +225,19 @@ def test_any_strides(layout: str) -> None:
     q, d = queries.requires_grad_(), docs.requires_grad_()
     loss = contrastive_loss(q, d, scale=4.0, exclude=ids)
     assert_equal([loss.detach(), *torch.autograd.grad(loss, (q, d))], expected[:3])
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
+def test_sparse_embeddings_are_worth_their_dense_form(backend: str) -> None:
+    dense = torch.randn(40, 8).relu().requires_grad_()
+    expected = contrastive_loss(dense, torch.ones(40, 8).tril(), backend=backend)
+    (gradient,) = torch.autograd.grad(expected, dense)
+    found = contrastive_loss(dense.to_sparse(), torch.ones(40, 8).tril(), backend=backend)
+    assert torch.equal(found, expected)
+    # autograd gives a sparse input the gradient of the entries that it holds
+    torch.testing.assert_close(torch.autograd.grad(found, dense)[0], gradient * (dense > 0))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "tiled"])
+def test_the_loss_of_an_empty_batch_is_nan_whatever_is_asked_for(backend: str) -> None:
+    assert contrastive_loss(torch.zeros(0, 4), torch.zeros(0, 4), backend=backend).isnan()

@@ -17,7 +17,7 @@ from torch import Tensor
 from tileloss import backend, reference
 from tileloss.errors import DeviceError, DtypeError, InputError, ShapeError
 from tileloss.functional.contrastive_op import block_loss
-from tileloss.similarity import SimilarityFn, full_precision, is_rowwise, up
+from tileloss.similarity import SimilarityFn, full_precision, is_rowwise, up_dtype
 from tileloss.spec import ContrastiveSpec
 
 
@@ -54,7 +54,7 @@ def contrastive_loss(
     other queries (doc_to_doc).
 
     Args:
-        queries: (B, D) floating point, B >= 1, any strides.
+        queries: (B, D) floating point, any strides; sparse ones are made dense. The loss of an empty batch is nan.
         docs: (M, D), M >= B. Row i < B is the positive of query i. Further rows are further negatives; when M is a
             multiple of B they are columns of hard negatives, row c * B + i belonging to query i.
         scale: what similarities are multiplied by (1 / temperature); a positive number, or a 0-dim tensor, which gets
@@ -81,7 +81,8 @@ def contrastive_loss(
 
     Cost:
         Three GEMMs of B x M x D for query_to_doc forward and backward together, four with doc_to_query. Memory beside
-        inputs and gradients: a copy of the inputs and blocks of 16 MB on a CPU, 224 MB on a GPU.
+        inputs and gradients: a copy of the inputs, and blocks of 16 MB on a CPU and 224 MB on a GPU: one or two, with
+        distances four.
 
     Source:
         van den Oord et al. 2018 (arXiv 1807.03748); directions: Li et al. 2023 (2308.03281); hardness: Lan et al. 2025
@@ -125,13 +126,14 @@ def _contrastive(
     check_scale(scale)
     scale = scale.reshape(()) if isinstance(scale, Tensor) else scale  # so that its dtype never decides the result's
     _check_embeddings(queries, docs, spec)
+    queries, docs = (x if x.layout == torch.strided else x.to_dense() for x in (queries, docs))
     doc_ids, mask = _exclusions(exclude, len(queries), docs)
-    choice = backend.choose(_narrowest(queries, docs), len(queries) * len(docs), _obstacles(spec, queries, docs))
-    if choice.backend == "reference":
+    chosen = _backend(queries, docs, spec)
+    if chosen == "reference":
         with full_precision(queries.device.type):
             loss, stats = reference.contrastive_loss(queries, docs, scale, spec, doc_ids, mask)
     else:
-        loss, stats = block_loss(queries, docs, scale, spec, doc_ids, mask, choice.backend)
+        loss, stats = block_loss(queries, docs, scale, spec, doc_ids, mask, chosen)
     return loss, ContrastiveStats(*stats.unbind())
 
 
@@ -167,7 +169,7 @@ def _check_embeddings(queries: Tensor, docs: Tensor, spec: ContrastiveSpec) -> N
         raise DeviceError(f"queries are on {queries.device} and docs on {docs.device}; move both to one device.")
     if queries.shape[1] != docs.shape[1]:
         raise ShapeError(f"queries have width {queries.shape[1]} and docs {docs.shape[1]}; embed both by one model.")
-    if up(queries[:0]).dtype != up(docs[:0]).dtype:
+    if up_dtype(queries.dtype) != up_dtype(docs.dtype):
         raise DtypeError(f"queries are {queries.dtype} and docs {docs.dtype}; convert one to the other's dtype.")
     size, count = len(queries), len(docs)
     if count < size:
@@ -206,15 +208,16 @@ def _exclusions(exclude: Tensor | None, size: int, docs: Tensor) -> tuple[Tensor
     )
 
 
-def _narrowest(queries: Tensor, docs: Tensor) -> Tensor:
-    """The input whose dtype the computation takes: mixed float32 and narrower inputs are computed in float32."""
-    return queries if queries.element_size() >= docs.element_size() else docs
+def _backend(queries: Tensor, docs: Tensor, spec: ContrastiveSpec) -> str:
+    if len(queries) == 0:
+        return "reference"  # whatever is asked for: without rows there are no blocks, and the definition says nan
+    # of mixed inputs the wider one decides, for they are computed in its dtype
+    widest = queries if queries.element_size() >= docs.element_size() else docs
+    return backend.choose(widest, len(queries) * len(docs), _obstacles(spec, queries, docs)).backend
 
 
 def _obstacles(spec: ContrastiveSpec, queries: Tensor, docs: Tensor) -> dict[str, str]:
     """Why a backend cannot serve this call."""
-    if len(queries) == 0:
-        return dict.fromkeys(("tiled", "triton"), "an empty batch has no blocks")
     if not is_rowwise(spec.similarity):
         reason = f"the similarity {spec.similarity!r} is none of the four known ones nor declared by tileloss.rowwise"
         return dict.fromkeys(("tiled", "triton"), reason)

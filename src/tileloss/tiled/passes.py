@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tileloss.similarity import up
+from tileloss.similarity import up, up_dtype
 from tileloss.spec import ContrastiveSpec
 
 NEG_INF = float("-inf")
@@ -76,10 +76,11 @@ class Passes:
     """The passes in PyTorch, in place; sums, maxima and gradients in float32, or float64 for float64 inputs."""
 
     gradient_unit = 1.0  # the passes return the logits' gradients times this
+    blocks_held = 2  # at once, of a block with twins: both are exponentiated
 
     def __init__(self, problem: Problem, queries: Tensor, docs: Tensor) -> None:
         self.problem = problem
-        self.dtype = torch.promote_types(up(queries[:0]).dtype, up(docs[:0]).dtype)
+        self.dtype = torch.promote_types(up_dtype(queries.dtype), up_dtype(docs.dtype))
         self.operand_dtype = self.dtype
         # per row, raw similarities: of the positive, and of the hardest negative
         self.positive = torch.empty(problem.size, dtype=self.dtype, device=queries.device)
@@ -113,15 +114,15 @@ class Passes:
         block: Tensor,  # (R, sum of C): similarities, tile beside tile; is overwritten
         gradients: bool,
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        """One softmax over the rows of all tiles together: its log-normaliser (R,) and each tile's logits' gradient."""
+        """One softmax over the rows of all tiles: its log-normaliser (R,), and the gradient of each tile's logits."""
         blocks = block.split([tile.width for tile in tiles], dim=1)
-        for tile, block in zip(tiles, blocks):
+        for tile, block in zip(tiles, blocks, strict=True):
             self._mask(tile, block)
             self._to_logits(tile, block)
         peak = torch.stack([block.amax(dim=1) for block in blocks]).amax(dim=0)[:, None]
         total = sum(block.sub_(peak).exp_().sum(dim=1, keepdim=True) for block in blocks)
         if gradients:
-            for tile, block in zip(tiles, blocks):
+            for tile, block in zip(tiles, blocks, strict=True):
                 self._subtract_positive(tile, block.div_(total), 1.0)
         return (peak + torch.log(total)).squeeze(1), blocks
 
@@ -181,7 +182,7 @@ class Passes:
         own_negatives = spec.weighs_hardness and spec.hardness != "in_batch_negatives"
         own[0].copy_(kept[0] * scale)
         if spec.weighs_hardness:
-            for column, similarities in zip(own[1:], kept[1:]):
+            for column, similarities in zip(own[1:], kept[1:], strict=True):
                 column.copy_(similarities * (scale + spec.hardness_strength if own_negatives else scale))
 
     def _own(self, tile: Tile, block: Tensor) -> Iterator[Tensor]:
