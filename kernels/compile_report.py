@@ -190,6 +190,8 @@ def _job(gpu: str, case: str, launch: Launch, config: triton.Config | None, is_d
     kernel = jit_function(launch.kernel)
     given = launch.constants | (config.all_kwargs() if config else {})
     options = {key: given.pop(key) for key in ("num_warps", "num_stages", "num_ctas", "maxnreg") if key in given}
+    if GPUS[gpu].target.backend != "cuda":
+        options.pop("maxnreg", None)
     constants, signature, divisible = dict(given), {}, []
     for parameter, value in zip(kernel.params, launch.arguments, strict=False):  # the constants come after
         specialised = isinstance(value, int) and not parameter.do_not_specialize

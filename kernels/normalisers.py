@@ -33,7 +33,7 @@ _PARTS_BYTES = 128 << 20
 _MERGED_PARTS, _MERGED_COLUMNS = 32, 64
 
 # half the register file lets two programs share a multiprocessor, one multiplying while the other exponentiates
-_HALF_THE_REGISTERS = {} if torch.version.hip else {"maxnreg": 128}
+_HALF_THE_REGISTERS = {} if torch.version.hip or torch.version.xpu else {"maxnreg": 128}
 CONFIGS = [
     triton.Config({"GROUP": 8}, num_warps=8, num_stages=3),
     triton.Config({"GROUP": 8}, num_warps=8, num_stages=3, **_HALF_THE_REGISTERS),

@@ -23,6 +23,8 @@ class TritonPasses(Passes):
     goes.
     """
 
+    blocks_held = 1
+
     def __init__(self, problem: Problem, queries: Tensor, docs: Tensor) -> None:
         super().__init__(problem, queries, docs)
         if queries.dtype == docs.dtype and problem.spec.similarity in _PRODUCTS:

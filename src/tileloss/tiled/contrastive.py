@@ -4,9 +4,10 @@ Each direction is a matrix of similarities between two sets of rows; blocks of i
 gradient of their logits in place, and multiplied back into the gradients of both sides. Two walks:
 
 * rows: every direction's normaliser is at hand in its own block of rows, so each matrix costs three GEMMs in all;
-* statistics first: with doc_to_query, a row's normaliser needs a whole column, so a first walk collects log-sum-exps of
-  rows and columns and a second recomputes the blocks into gradients. query_to_doc and doc_to_query share their blocks
-  (four GEMMs instead of six), and the symmetric matrices are walked over their upper triangle (two instead of three).
+* statistics first: with doc_to_query, a row's normaliser needs a whole column, so a first walk collects log-sum-exps
+  of rows and columns and a second recomputes the blocks into gradients. query_to_doc and doc_to_query share their
+  blocks (four GEMMs instead of six), and the symmetric matrices are walked over their upper triangle (two instead of
+  three).
 
 The walks are the same on every device. What happens to a block between its GEMMs is the business of a `Passes` object,
 in PyTorch (`tiled/passes.py`) or in Triton (`tileloss.kernels.contrastive`).
@@ -28,7 +29,7 @@ from tileloss.tiled.similarity import RowwiseCallable, block_similarity
 
 # bytes of one block of similarities, measured on a CPU with 32 MB of third-level cache and set by arithmetic on GPUs;
 # a narrower block drowns in the traffic of the right-hand gradient, which every block reads and writes whole
-_BLOCK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
+_BLOCK_BYTES = {"cpu": 16 << 20, "cuda": 224 << 20}
 _MIN_ROWS = 64
 
 
@@ -91,19 +92,25 @@ class _Walk:
         self.left, self.left_saved = self.similarity.prepare(queries)
         self.right, self.right_saved = self.similarity.prepare(docs)
         self.gradients = any(needs)
-        self.d_left = self._zeros(queries) if needs.queries or needs.scale else None
-        self.d_right = self._zeros(docs) if needs.docs or needs.scale else None
-        self.triangular = self.similarity.symmetric and "doc_to_query" in self.problem.spec.directions
+        wants_left = needs.queries or needs.scale
+        # a query's gradient that only its own block adds to is finished there, and inputs narrower than the sums are
+        # spared a sum of B x D
+        self.by_block = wants_left and queries.dtype != passes.dtype and not self._has("query_to_query")
+        self.d_left = self._zeros(len(queries)) if wants_left and not self.by_block else None
+        self.d_right = self._zeros(len(docs)) if needs.docs or needs.scale else None
+        self.d_queries = queries.new_empty(queries.shape) if self.by_block and needs.queries else None
+        self.left_products: Tensor | float = 0.0  # of the finished blocks: the sum of d_left * left
+        self.triangular = self.similarity.symmetric and self._has("doc_to_query")
 
-    def _zeros(self, like: Tensor) -> Tensor:
-        return torch.zeros(like.shape, dtype=self.passes.dtype, device=like.device)
+    def _has(self, direction: str) -> bool:
+        return direction in self.problem.spec.directions
+
+    def _zeros(self, rows: int) -> Tensor:
+        return torch.zeros(rows, self.queries.shape[1], dtype=self.passes.dtype, device=self.queries.device)
 
     def run(self) -> Result:
-        spec, passes = self.problem.spec, self.passes
-        if "doc_to_query" in spec.directions:
-            normaliser = self._statistics_first()
-        else:
-            normaliser = self._rows()
+        passes = self.passes
+        normaliser = self._statistics_first() if self._has("doc_to_query") else self._rows()
         loss = (normaliser - passes.positive * self.problem.scale).mean()
         top1 = (passes.positive > passes.hardest).to(passes.dtype)
         stats = torch.stack([top1.mean(), passes.positive.mean(), passes.hardest.mean()]).float()
@@ -159,20 +166,19 @@ class _Walk:
 
     def _matrices(self) -> list[Matrix]:
         """The matrices of the objective; doc_to_query has none of its own, being the transpose of query_to_doc."""
-        size, directions = self.problem.size, self.problem.spec.directions
+        size = self.problem.size
         d_positives = self.d_right[:size] if self.d_right is not None else None
         matrices = [Matrix("query_to_doc", self.left, self.right, self.d_left, self.d_right)]
-        if "query_to_query" in directions:
+        if self._has("query_to_query"):
             matrices.append(Matrix("query_to_query", self.left, self.left, self.d_left, self.d_left))
-        if "doc_to_doc" in directions:
+        if self._has("doc_to_doc"):
             matrices.append(Matrix("doc_to_doc", self.right[:size], self.right, d_positives, self.d_right))
         return matrices
 
     def _blocks(self, matrix: Matrix) -> Iterator[tuple[Tile, Tensor]]:
         """The tiles of one matrix from top to bottom, each with room for its similarities."""
         size, columns = self.problem.size, len(matrix.right)
-        # twins are held beside the block while both are exponentiated, so a block gets half of the room
-        rows = self._rows_per_block(2 * columns)
+        rows = self._rows_per_block(self.passes.blocks_held * columns)
         buffer = self._buffer(rows * columns)
         for start in range(0, size, rows):
             stop = min(start + rows, size)
@@ -193,9 +199,24 @@ class _Walk:
 
     def _pull(self, matrix: Matrix, tile: Tile, grad: Tensor, kept: object) -> None:
         columns = slice(tile.first, tile.last)
-        d_left = matrix.d_left[tile.rows] if matrix.d_left is not None else None
+        finishes = self.by_block and matrix.direction == "query_to_doc"
+        d_left = self._zeros(tile.stop - tile.start) if finishes else None
+        if matrix.d_left is not None:
+            d_left = matrix.d_left[tile.rows]
         d_right = matrix.d_right[columns] if matrix.d_right is not None else None
         self.similarity.pull(grad, matrix.left[tile.rows], matrix.right[columns], kept, d_left, d_right)
+        if finishes:
+            assert d_left is not None
+            self._finish_block(tile.rows, d_left)
+
+    def _finish_block(self, rows: slice, d_left: Tensor) -> None:
+        """What is left to do with a block's gradient of the prepared queries when no other block adds to it."""
+        left = self.left[rows]
+        if self.needs.scale:
+            self.left_products = self.left_products + sum_of_products(d_left, left)
+        if self.d_queries is not None:
+            saved = self.left_saved[rows] if self.left_saved is not None else None
+            self.d_queries[rows] = self.similarity.finish(d_left, left, saved, self._factor())
 
     def _rows_per_block(self, columns: int) -> int:
         room = _BLOCK_BYTES.get(self.queries.device.type, _BLOCK_BYTES["cuda"])
@@ -205,27 +226,36 @@ class _Walk:
     def _buffer(self, entries: int) -> Tensor:
         return torch.empty(entries, dtype=self.passes.dtype, device=self.queries.device)
 
+    def _share(self) -> float:
+        """What a logit's gradient, as the passes give it, is of the loss' gradient."""
+        return 1.0 / (self.problem.size * self.problem.spec.partitions * self.passes.gradient_unit)
+
+    def _factor(self) -> float | Tensor:
+        """What a prepared row's gradient is multiplied by."""
+        return self.problem.scale * self._share()
+
     def _finished(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of the rows as given and of the scale, from those of the prepared rows."""
-        share = 1.0 / (self.problem.size * self.problem.spec.partitions * self.passes.gradient_unit)
-        d_scale = self._d_scale() * share if self.needs.scale else None
-        factor = self.problem.scale * share
-        d_queries = d_docs = None
-        if self.needs.queries:
-            assert self.d_left is not None
-            d_queries = self.similarity.finish(self.d_left, self.left, self.left_saved, factor).to(self.queries.dtype)
+        d_scale = self._d_scale() * self._share() if self.needs.scale else None
+        d_queries, d_docs = self.d_queries, None
+        if self.needs.queries and self.d_left is not None:
+            d_left = self.similarity.finish(self.d_left, self.left, self.left_saved, self._factor())
+            d_queries = d_left.to(self.queries.dtype)
         if self.needs.docs:
             assert self.d_right is not None
-            d_docs = self.similarity.finish(self.d_right, self.right, self.right_saved, factor).to(self.docs.dtype)
+            d_right = self.similarity.finish(self.d_right, self.right, self.right_saved, self._factor())
+            d_docs = d_right.to(self.docs.dtype)
         return d_queries, d_docs, d_scale
 
     def _d_scale(self) -> Tensor:
         """The sum over all logits of gradient times similarity."""
         if isinstance(self.similarity, RowwiseCallable):
             return torch.as_tensor(self.similarity.scale_gradient)
-        assert self.d_left is not None
         assert self.d_right is not None
-        return sum_of_products(self.d_left, self.left).add(sum_of_products(self.d_right, self.right)) / self.similarity.degree
+        products = sum_of_products(self.d_right, self.right) + self.left_products
+        if self.d_left is not None:
+            products = products + sum_of_products(self.d_left, self.left)
+        return products / self.similarity.degree
 
 
 def sum_of_products(a: Tensor, b: Tensor) -> Tensor:

@@ -1,0 +1,94 @@
+"""The GEMM that keeps log-sum-exps instead of products, against the products themselves."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tileloss.kernels import normalisers
+from tileloss.kernels.launch import recorded
+from tileloss.kernels.logits import Objective
+from tileloss.spec import ContrastiveSpec
+from tileloss.tiled.passes import Problem, Tile
+
+SIZE, DOCS, SCALE = 70, 150, 3.0
+
+
+def fused(
+    direction: str, left: Tensor, right: Tensor, **problem: Any
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """(rows' and twins' log-sum-exps), (positive and hardest similarities)."""
+    about = Problem(len(left), DOCS, SCALE, ContrastiveSpec(similarity="dot"), **problem)
+    positive, hardest = torch.full((2, len(left)), float("nan"), device=left.device)
+    tile = Tile(direction, 0, len(left), 0, len(right), twins=(0, len(left)))
+    objective = Objective.of(about, left.device)
+    return normalisers.fused_normalisers(tile, left, right, objective, positive, hardest), (positive, hardest)
+
+
+@pytest.fixture
+def vectors(device: torch.device) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(SIZE, 45, device=device) / 5, torch.randn(DOCS, 45, device=device) / 5
+
+
+@pytest.fixture(params=["one band", "a band for each tile"])
+def bands(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param != "one band":
+        monkeypatch.setattr(normalisers, "_PARTS_BYTES", 1)
+
+
+def test_rows_twins_and_statistics(vectors: tuple[Tensor, Tensor], bands: None, poisoned_empty: None) -> None:
+    queries, docs = vectors
+    (rows, twins), (positive, hardest) = fused("query_to_doc", queries, docs)
+    products = queries.double() @ docs.double().T
+    torch.testing.assert_close(rows.double(), (SCALE * products).logsumexp(1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(twins.double(), (SCALE * products[:, :SIZE]).logsumexp(0), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(positive.double(), products.diagonal(), rtol=1e-5, atol=1e-6)
+    nothing = torch.full((SIZE,), float("-inf"), dtype=torch.double, device=queries.device)
+    negatives = products.diagonal_scatter(nothing)
+    torch.testing.assert_close(hardest.double(), negatives.amax(1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("direction", ["query_to_query", "doc_to_doc"])
+def test_symmetric_matrices_count_each_pair_once(
+    direction: str, vectors: tuple[Tensor, Tensor], bands: None, poisoned_empty: None
+) -> None:
+    queries, docs = vectors
+    left, right = (queries, queries) if direction == "query_to_query" else (docs[:SIZE], docs)
+    (rows, twins), _ = fused(direction, left, right)
+    logits = SCALE * (left.double() @ right.double().T)
+    row, column = torch.arange(SIZE, device=left.device)[:, None], torch.arange(len(right), device=left.device)
+    logits[(column <= row) & (column < SIZE)] = float("-inf")
+    logits[(column >= SIZE) & (column % SIZE == row) & (column < 2 * SIZE)] = float("-inf")
+    torch.testing.assert_close(rows.double(), logits.logsumexp(1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(twins.double(), logits[:, :SIZE].logsumexp(0), rtol=1e-6, atol=1e-6)
+
+
+def test_rows_whose_every_pair_is_excluded(vectors: tuple[Tensor, Tensor], bands: None) -> None:
+    queries, _ = vectors
+    ids = torch.zeros(DOCS, dtype=torch.int64, device=queries.device)
+    (rows, twins), _ = fused("query_to_query", queries, queries, doc_ids=ids)
+    assert torch.equal(rows, torch.full_like(rows, float("-inf")))
+    assert torch.equal(twins, rows)
+
+
+def test_a_great_spread_of_logits_neither_overflows_nor_drowns(device: torch.device) -> None:
+    queries = torch.zeros(40, 1, device=device)
+    queries[:, 0] = torch.linspace(-30, 30, 40)
+    (rows, twins), _ = fused("query_to_doc", queries, queries)
+    expected = (SCALE * queries.double() @ queries.double().T).logsumexp(1)
+    torch.testing.assert_close(rows.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(twins, rows, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1_000, 32_768, 1_000_000])
+def test_parts_stay_within_their_room(size: int) -> None:
+    """By arithmetic, from the launches that a GPU would get."""
+    left = torch.empty(size, 8, device="meta")
+    with recorded(shared_memory=227 << 10) as launches:
+        fused("query_to_doc", left, left)
+    parts = [each.arguments[2:5] for each in launches if each.kernel is normalisers.normalisers_fwd_kernel]
+    assert sum(row_parts.shape[1] for row_parts, *_ in parts) == size
+    for tensors in parts:
+        assert sum(part.nbytes for part in tensors) <= normalisers._PARTS_BYTES
