@@ -24,6 +24,7 @@ def known_normalisers_bwd_kernel(
     gradient_ptr,  # (R, C) in the same memory
     row_normaliser_ptr,  # (B,)
     twin_normaliser_ptr,  # (B,)
+    positive_ptr,  # (B,)
     ids_ptr,
     mask_ptr,
     mask_row_stride,
@@ -56,6 +57,7 @@ def known_normalisers_bwd_kernel(
     scale = tl.load(scale_ptr)
     row_id = tl.load(ids_ptr + row) if HAS_IDS else 0
     row_normaliser = tl.load(row_normaliser_ptr + row) * LOG2_E
+    positive = tl.load(positive_ptr + row)
 
     for first in range(0, last_column - first_column, BLOCK):
         place_in_row = first + lanes
@@ -66,12 +68,15 @@ def known_normalisers_bwd_kernel(
             similarity, row, column, inside, row_id, ids_ptr, mask_ptr, mask_row_stride, mask_column_stride,
             size, docs, DIRECTION, HAS_IDS, HAS_MASK,
         )  # fmt: skip
-        logit = to_logits(similarity, row, column, scale, strength, size, docs, DIRECTION, HARDNESS)
+        if DIRECTION == QUERY_TO_DOC:
+            similarity = tl.where(column == row, positive, similarity)
+        logit = to_logits(similarity, positive, row, column, scale, strength, size, docs, DIRECTION, HARDNESS)
         gradient = tl.exp2(logit - row_normaliser)
         if TWINS:
             is_twin = (column >= first_twin) & (column < last_twin)
             twin_normaliser = tl.load(twin_normaliser_ptr + column, mask=is_twin, other=float("inf")) * LOG2_E
-            gradient += tl.exp2(similarity * (scale * LOG2_E) - twin_normaliser)
+            twin_positive = tl.load(positive_ptr + column, mask=is_twin, other=0.0)
+            gradient += tl.exp2((similarity - twin_positive) * (scale * LOG2_E) - twin_normaliser)
         if DIRECTION == QUERY_TO_DOC:
             gradient = tl.where(column == row, gradient - partitions, gradient)
         gradient = (gradient * unit).to(gradient_ptr.dtype.element_ty)
@@ -86,6 +91,7 @@ def gradient_from_normalisers(
     objective: Objective,
     row_normaliser: Tensor,  # (B,)
     twin_normaliser: Tensor,  # (B,)
+    positive: Tensor,  # (B,)
     gradient: Tensor,  # (R, C) in the memory of the block
     partitions: int,
     unit: float,
@@ -94,8 +100,8 @@ def gradient_from_normalisers(
     rows, columns = block.shape
     width = block_of(columns)
     launch(
-        known_normalisers_bwd_kernel, (rows,), block, gradient, row_normaliser, twin_normaliser, *objective.arguments,
-        block.stride(0), gradient.stride(0), tile.start, tile.first, tile.last, *tile.twins, float(partitions), unit,
+        known_normalisers_bwd_kernel, (rows,), block, gradient, row_normaliser, twin_normaliser, positive,
+        *objective.arguments, block.stride(0), gradient.stride(0), tile.start, tile.first, tile.last, *tile.twins, float(partitions), unit,
         **objective.constants, DIRECTION=DIRECTION_CODES[tile.direction], TWINS=tile.has_twins,
         BLOCK=width, num_warps=warps_of(width),
     )  # fmt: skip

@@ -3,7 +3,8 @@
 The two pieces that every kernel over similarities shares, for tiles of any shape: `row` and `column` broadcast against
 each other and against the similarities. Features that are off are constexpr, so that they cost nothing.
 
-Logits are in base 2, because the hardware's exponential is: a logit here is log2(e) times the logit of the loss.
+Logits are in base 2, because the hardware's exponential is: a logit here is log2(e) times the logit of the loss. As
+everywhere, they are relative to the positive's.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -77,6 +78,7 @@ def candidates(
 @triton.jit
 def to_logits(
     similarity,
+    positive,  # the positive's similarity, of the row of the loss to which the logit belongs
     row,
     column,
     scale,
@@ -86,10 +88,13 @@ def to_logits(
     DIRECTION: tl.constexpr,
     HARDNESS: tl.constexpr,
 ):
-    """Base-2 logits: similarities times the scale, plus the hardness strength where the mode has chosen the pair."""
+    """Base-2 logits, less the positive's: times the scale, plus the strength where the hardness mode chose the pair.
+
+    A difference first and a product then, so that the positive's own logit is zero to the last bit.
+    """
     logit_scale = scale * LOG2_E
     if DIRECTION != QUERY_TO_DOC or HARDNESS == 0:
-        return similarity * logit_scale
+        return (similarity - positive) * logit_scale
     own = is_own(row, column, size, docs)
     if HARDNESS == IN_BATCH:
         chosen = ~own
@@ -97,7 +102,8 @@ def to_logits(
         chosen = own & (column >= size)
     else:
         chosen = column != row
-    return similarity * tl.where(chosen, (scale + strength) * LOG2_E, logit_scale)
+    weighed = similarity * ((scale + strength) * LOG2_E) - positive * logit_scale
+    return tl.where(chosen, weighed, (similarity - positive) * logit_scale)
 
 
 class Objective(NamedTuple):

@@ -98,7 +98,7 @@ def keep_statistics(
     HARDNESS: tl.constexpr,
     DIRECTION: tl.constexpr,
 ):
-    """Store the twin columns' log-sum-exps and the positives; return the rows' log-sum-exps and hardest negatives."""
+    """Store the twin columns' log-sum-exps; return the rows' log-sum-exps and hardest negatives."""
     row_2d, column_2d = row[:, None], column[None, :]
     inside = (row_2d < stop) & (column_2d < columns)
     if DIRECTION != QUERY_TO_DOC:
@@ -108,16 +108,16 @@ def keep_statistics(
         similarity, row_2d, column_2d, inside, row_id, ids_ptr, mask_ptr, mask_row_stride, mask_column_stride,
         size, docs, DIRECTION, HAS_IDS, HAS_MASK,
     )  # fmt: skip
+    positive = tl.load(positive_ptr + row, mask=row < stop, other=0.0)[:, None]
     hardest = tl.full(row.shape, float("-inf"), tl.float32)
     if DIRECTION == QUERY_TO_DOC:
         is_positive = row_2d == column_2d
         hardest = tl.max(tl.where(is_positive, float("-inf"), similarity), 1)
-        positive = tl.sum(tl.where(is_positive, similarity, 0.0), 1)
-        here = (row < stop) & (row >= tl.min(column, 0)) & (row <= tl.max(column, 0))
-        tl.store(positive_ptr + row, positive, mask=here)
-    twin_logit = similarity * (scale * LOG2_E)
+        similarity = tl.where(is_positive, positive, similarity)
+    twin_positive = tl.load(positive_ptr + column, mask=column < size, other=0.0)[None, :]
+    twin_logit = (similarity - twin_positive) * (scale * LOG2_E)
     tl.store(twin_part_ptr + column, log_sum_exp2(twin_logit, 0), mask=column < size)
-    logit = to_logits(similarity, row_2d, column_2d, scale, strength, size, docs, DIRECTION, HARDNESS)
+    logit = to_logits(similarity, positive, row_2d, column_2d, scale, strength, size, docs, DIRECTION, HARDNESS)
     return log_sum_exp2(logit, 1), hardest
 
 
@@ -215,8 +215,8 @@ def fused_normalisers(
     left: Tensor,  # (B, D) contiguous
     right: Tensor,  # (C, D) contiguous
     objective: Objective,
-    positive: Tensor,  # (B,): written for query_to_doc, and so the next
-    hardest: Tensor,  # (B,)
+    positive: Tensor,  # (B,)
+    hardest: Tensor,  # (B,): written for query_to_doc
 ) -> tuple[Tensor, Tensor]:
     """Log-sum-exps of the rows (B,) and of the twin columns (B,), in float32.
 
@@ -224,7 +224,7 @@ def fused_normalisers(
     one tile's rows needs it.
     """
     size, columns = len(left), len(right)
-    shape = tile_shape(left.dtype, left.device)
+    shape = tile_shape(left)
     rows = torch.full((size,), NEG_INF, dtype=torch.float32, device=left.device)
     twins = torch.full_like(rows, NEG_INF)
     for start in range(0, size, band := rows_per_band(size, columns, shape)):
@@ -258,13 +258,15 @@ def merge(
     )  # fmt: skip
 
 
-def tile_shape(dtype: torch.dtype, device: torch.device) -> TileShape:
-    """The tile of a product of operands of `dtype`: the largest that the device holds with its pipeline three deep."""
-    room = shared_memory(device)
+def tile_shape(operand: Tensor) -> TileShape:
+    """The tile of a product of such operands: of the right shape for the matrix units, and no larger than fits."""
+    room = shared_memory(operand.device)
     if room == 0:
         return TileShape(32, 64, 32)
-    rows, depth = (64, 32) if dtype == torch.float32 else (128, 64)
-    step = (rows + 128) * depth * dtype.itemsize
+    rows, depth = (128, 64)
+    if operand.dtype == torch.float32:  # exact products are made in registers, which a deeper step would overflow
+        rows, depth = (64, 16 if dot_precision(operand) == "ieee" else 32)
+    step = (rows + 128) * depth * operand.itemsize
     return TileShape(rows, 128, depth if 3 * step <= room else depth // 2)
 
 

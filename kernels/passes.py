@@ -55,7 +55,7 @@ class TritonPasses(Passes):
     def gradient(self, tile: Tile, block: Tensor, row_normaliser: Tensor, twin_normaliser: Tensor) -> Tensor:
         gradient = softmax_rows.gradient_memory(block, self.operand_dtype)
         known_normalisers.gradient_from_normalisers(
-            tile, block, self.objective, row_normaliser, twin_normaliser, gradient,
+            tile, block, self.objective, row_normaliser, twin_normaliser, self.positive, gradient,
             self.problem.spec.partitions, self.gradient_unit,
         )  # fmt: skip
         return gradient

@@ -83,7 +83,7 @@ def softmax_rows_fwd_kernel(
                 )  # fmt: skip
                 if DIRECTION == QUERY_TO_DOC:
                     hardest = tl.maximum(hardest, tl.where(column == row, float("-inf"), similarity))
-                logit = to_logits(similarity, row, column, scale, strength, size, docs, DIRECTION, HARDNESS)
+                logit = to_logits(similarity, positive, row, column, scale, strength, size, docs, DIRECTION, HARDNESS)
                 higher = tl.maximum(peak, tl.max(logit, 0))
                 total = total * tl.exp2(peak - higher) + tl.exp2(logit - higher)
                 peak = higher
@@ -106,7 +106,9 @@ def softmax_rows_fwd_kernel(
                         similarity, row, column, column < width, row_id, ids_ptr, mask_ptr, mask_row_stride,
                         mask_column_stride, size, docs, DIRECTION, HAS_IDS, HAS_MASK,
                     )  # fmt: skip
-                    logit = to_logits(similarity, row, column, scale, strength, size, docs, DIRECTION, HARDNESS)
+                    logit = to_logits(
+                        similarity, positive, row, column, scale, strength, size, docs, DIRECTION, HARDNESS
+                    )
                     gradient = tl.exp2(logit - normaliser)
                     if DIRECTION == QUERY_TO_DOC:
                         gradient = tl.where(column == row, gradient - 1.0, gradient)

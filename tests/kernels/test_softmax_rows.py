@@ -43,6 +43,7 @@ def test_every_probability_survives_its_storage(
     passes, block, _ = passes_and_block(dtype, device)
     rows = torch.full((COLUMNS,), float("nan"), device=device)
     rows[:ROWS] = normaliser
+    passes.positive.fill_(18.0)
     no_twins = torch.full((COLUMNS,), float("inf"), device=device)
     expected.diagonal().sub_(1.0)  # the positive counts once for each partition
     gradient = passes.gradient(Tile("query_to_doc", 0, ROWS, 0, COLUMNS, (0, COLUMNS)), block, rows, no_twins)
@@ -52,11 +53,12 @@ def test_every_probability_survives_its_storage(
 
 def test_twins_add_the_transposed_term(device: torch.device) -> None:
     passes, block, _ = passes_and_block(torch.float32, device)
-    similarities = block.double()
-    normaliser = torch.linspace(17, 25, COLUMNS, device=device)
+    normaliser = torch.linspace(0, 8, COLUMNS, device=device)
+    passes.positive.copy_(torch.linspace(17, 18, COLUMNS))
+    similarities, positive = block.double(), passes.positive.double()
     tile = Tile("query_to_query", 0, ROWS, 0, COLUMNS, twins=(ROWS, 100))
     gradient = passes.gradient(tile, block, normaliser, normaliser)
-    expected = (similarities - normaliser[:ROWS, None]).exp()
-    expected[:, ROWS:100] += (similarities[:, ROWS:100] - normaliser[ROWS:100]).exp()
+    expected = (similarities - (positive + normaliser)[:ROWS, None]).exp()
+    expected[:, ROWS:100] += (similarities - positive - normaliser)[:, ROWS:100].exp()
     expected.diagonal().zero_()
     torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-9)

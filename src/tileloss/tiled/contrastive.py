@@ -10,7 +10,7 @@ gradient of their logits in place, and multiplied back into the gradients of bot
   three).
 
 The walks are the same on every device. What happens to a block between its GEMMs is the business of a `Passes` object,
-in PyTorch (`tiled/passes.py`) or in Triton (`tileloss.kernels.contrastive`).
+in PyTorch (`tiled/passes.py`) or in Triton (`tileloss.kernels.passes`).
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class _Walk:
     def run(self) -> Result:
         passes = self.passes
         normaliser = self._statistics_first() if self._has("doc_to_query") else self._rows()
-        loss = (normaliser - passes.positive * self.problem.scale).mean()
+        loss = normaliser.mean()
         top1 = (passes.positive > passes.hardest).to(passes.dtype)
         stats = torch.stack([top1.mean(), passes.positive.mean(), passes.hardest.mean()]).float()
         return Result(loss, stats, *self._finished())
@@ -138,7 +138,7 @@ class _Walk:
     def _statistics_first(self) -> Tensor:  # (B,)
         """Log-sum-exps of all rows and twin columns, then the same blocks again as gradients."""
         size, spec = self.problem.size, self.problem.spec
-        like = self.passes.positive
+        like = self.passes.positive.copy_(self.similarity.paired(self.left, self.right[:size]))
         normalisers = torch.full((spec.partitions, size), NEG_INF, dtype=like.dtype, device=like.device)
         by_row, by_twin = normalisers[0], normalisers[-1]
         for matrix in self._matrices():

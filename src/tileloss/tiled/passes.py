@@ -1,8 +1,10 @@
-"""What happens to a block of similarities between its GEMMs: masks, log-sum-exps, and the gradient of the logits.
+"""What happens to a block of similarities between its GEMMs: masks, normalisers, and the gradient of the logits.
 
-A block is R rows of one matrix of similarities. `Passes` is the in-place PyTorch form of the three passes that the
-driver in `contrastive.py` needs; `tileloss.kernels.contrastive` has the same three in Triton. Every pass leaves the
-driver a block that the next GEMM can read, and none allocates more than a block.
+A block is R rows of one matrix of similarities. Logits are relative to the positive's logit of the row of the loss that
+they belong to, and normalisers are the log-sum-exps of such logits: the loss is their mean, and no digits are lost where
+the positives have won. `Passes` is the in-place PyTorch form of the three passes that the driver in `contrastive.py`
+needs; `tileloss.kernels.passes` has the same three in Triton. Every pass leaves the driver a block that the next
+GEMM can read, and none allocates more than a block.
 """
 
 from __future__ import annotations
@@ -82,7 +84,8 @@ class Passes:
         self.problem = problem
         self.dtype = torch.promote_types(up_dtype(queries.dtype), up_dtype(docs.dtype))
         self.operand_dtype = self.dtype
-        # per row, raw similarities: of the positive, and of the hardest negative
+        # per row, raw similarities: of the positive (which the passes other than `softmax_gradient` are given), and of
+        # the hardest negative
         self.positive = torch.empty(problem.size, dtype=self.dtype, device=queries.device)
         self.hardest = torch.empty_like(self.positive)
 
@@ -114,26 +117,29 @@ class Passes:
         block: Tensor,  # (R, sum of C): similarities, tile beside tile; is overwritten
         gradients: bool,
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        """One softmax over the rows of all tiles: its log-normaliser (R,), and the gradient of each tile's logits."""
+        """One softmax over the rows of all tiles: its normaliser (R,), and the gradient of each tile's logits."""
         blocks = block.split([tile.width for tile in tiles], dim=1)
-        for tile, block in zip(tiles, blocks, strict=True):
-            self._mask(tile, block)
-            self._to_logits(tile, block)
-        peak = torch.stack([block.amax(dim=1) for block in blocks]).amax(dim=0)[:, None]
-        total = sum(block.sub_(peak).exp_().sum(dim=1, keepdim=True) for block in blocks)
-        if gradients:
-            for tile, block in zip(tiles, blocks, strict=True):
-                self._subtract_positive(tile, block.div_(total), 1.0)
-        return (peak + torch.log(total)).squeeze(1), blocks
+        first, rows = next(self._own(tiles[0], blocks[0])), tiles[0].rows
+        self.positive[rows] = first
+        for tile, similarities in zip(tiles, blocks, strict=True):
+            self._mask(tile, similarities)
+            self._to_logits(tile, similarities)
+        if not gradients:
+            return logsumexp_(block, dim=1), ()
+        peak = block.amax(dim=1)
+        torch.softmax(block, dim=1, out=block)
+        normaliser = peak - block.amax(dim=1).log_()  # the largest probability is 1 / (the sum of exp(logit - peak))
+        first.sub_(1.0)
+        return normaliser, blocks
 
     def normalisers(
         self,
         tile: Tile,
         block: Tensor,  # (R, C): similarities; is overwritten
     ) -> tuple[Tensor, Tensor | None]:
-        """Log-sum-exp of each row (R,), and of each twin column (T,) where the tile has twins."""
+        """The normaliser of each row (R,), and of each twin column (T,) where the tile has twins."""
         self._mask(tile, block)
-        twins = logsumexp_(block[:, tile.twin_columns] * self.problem.scale, dim=0) if tile.has_twins else None
+        twins = logsumexp_(self._twin_logits(tile, block), dim=0) if tile.has_twins else None
         self._to_logits(tile, block)
         return logsumexp_(block, dim=1), twins
 
@@ -158,32 +164,41 @@ class Passes:
     ) -> Tensor:  # (R, C)
         """The gradient of the logits from known normalisers, times the number of partitions."""
         self._mask(tile, block)
-        twins = block[:, tile.twin_columns] * self.problem.scale if tile.has_twins else None
+        twins = self._twin_logits(tile, block) if tile.has_twins else None
         self._to_logits(tile, block)
         block.sub_(row_normaliser[tile.rows, None]).exp_()
         if twins is not None:
             block[:, tile.twin_columns] += twins.sub_(twin_normaliser[tile.twin_rows]).exp_()
-        self._subtract_positive(tile, block, float(self.problem.spec.partitions))
+        if tile.direction == "query_to_doc":
+            next(self._own(tile, block)).sub_(float(self.problem.spec.partitions))
         return block
 
     def _to_logits(self, tile: Tile, block: Tensor) -> None:
-        """Masked similarities to logits in place: scale and hardness, and on the way the statistics."""
+        """Masked similarities to logits in place, and on the way the hardest negatives."""
         scale, spec = self.problem.scale, self.problem.spec
+        positive = self.positive[tile.rows]
         if tile.direction != "query_to_doc":
-            block.mul_(scale)
+            block.sub_(positive[:, None]).mul_(scale)
             return
-        own = list(self._own(tile, block))
-        kept = [column.clone() for column in own]
-        own[0].fill_(NEG_INF)
-        self.positive[tile.rows] = kept[0]
+        first, *others = self._own(tile, block)
+        first.fill_(NEG_INF)
         self.hardest[tile.rows] = block.amax(dim=1)
-        in_batch = spec.weighs_hardness and spec.hardness != "hard_negatives"
-        block.mul_(scale + spec.hardness_strength if in_batch else scale)
-        own_negatives = spec.weighs_hardness and spec.hardness != "in_batch_negatives"
-        own[0].copy_(kept[0] * scale)
-        if spec.weighs_hardness:
-            for column, similarities in zip(own[1:], kept[1:], strict=True):
-                column.copy_(similarities * (scale + spec.hardness_strength if own_negatives else scale))
+        hard_negatives = [column.clone() for column in others] if spec.weighs_hardness else []
+        if spec.weighs_hardness and spec.hardness != "hard_negatives":
+            block.mul_(scale + spec.hardness_strength).sub_((positive * scale)[:, None])
+        else:
+            block.sub_(positive[:, None]).mul_(scale)
+        for column, similarities in zip(others, hard_negatives, strict=False):
+            weighed = spec.hardness_strength if spec.hardness != "in_batch_negatives" else 0.0
+            column.copy_(similarities * (scale + weighed) - positive * scale)
+        first.zero_()
+
+    def _twin_logits(self, tile: Tile, block: Tensor) -> Tensor:  # (R, T)
+        """The logits of the twins in a block of masked similarities, each relative to the positive of its column."""
+        logits = (block[:, tile.twin_columns] - self.positive[tile.twin_rows]).mul_(self.problem.scale)
+        if tile.direction == "query_to_doc":
+            logits.diagonal(tile.start).zero_()
+        return logits
 
     def _own(self, tile: Tile, block: Tensor) -> Iterator[Tensor]:
         """The diagonals (R,) at which a row meets itself or its own documents, column of documents by column."""
@@ -214,10 +229,6 @@ class Passes:
             excluded = given.clone() if excluded is None else excluded.logical_or_(given)
             next(self._own(tile, excluded)).fill_(False)
         return excluded
-
-    def _subtract_positive(self, tile: Tile, block: Tensor, amount: float) -> None:
-        if tile.direction == "query_to_doc":
-            next(self._own(tile, block)).sub_(amount)
 
 
 def logsumexp_(block: Tensor, dim: int) -> Tensor:

@@ -17,6 +17,9 @@ from tileloss.similarity import SimilarityFn
 from tileloss.tiled.matmul import accumulate, multiply
 from tileloss.tiled.passes import Passes
 
+# rows at a time when only pairs are wanted: enough for a product a row, few for a block of which the diagonal is kept
+_PAIRED_ROWS, _PAIRED_BLOCK = 4096, 64
+
 
 class Dot:
     """Dot products: one GEMM forward, one for each side backward."""
@@ -43,6 +46,15 @@ class Dot:
     ) -> Any:
         """Write the similarities of `x` with `y` to `out`; returns what `pull` needs beside the block's gradient."""
         multiply(x, y.t(), out=out)
+
+    def paired(
+        self,
+        x: Tensor,  # (N, D)
+        y: Tensor,  # (N, D)
+    ) -> Tensor:  # (N,)
+        """The similarity of each row with its counterpart."""
+        pairs = zip(x.split(_PAIRED_ROWS), y.split(_PAIRED_ROWS), strict=True)
+        return torch.cat([(a.to(self.passes.dtype) * b.to(self.passes.dtype)).sum(dim=1) for a, b in pairs])
 
     def pull(
         self,
@@ -81,14 +93,27 @@ class Cosine(Dot):
         return self.passes.unit_rows_backward(dx, x, saved, factor)
 
 
-class Euclidean(Dot):
-    """Negative Euclidean distances; the gradient needs one GEMM a side, and is zero at distance zero."""
+class _NoProduct(Dot):
+    """What similarities that no single GEMM gives have in common: rows of the sums' dtype, pairs from small blocks."""
 
     is_product = False
-    degree = 1
 
     def prepare(self, x: Tensor) -> tuple[Tensor, None]:
         return x.to(self.passes.dtype).contiguous(), None
+
+    def paired(self, x: Tensor, y: Tensor) -> Tensor:
+        found = []
+        for a, b in zip(x.split(_PAIRED_BLOCK), y.split(_PAIRED_BLOCK), strict=True):
+            block = torch.empty(len(a), len(b), dtype=self.passes.dtype, device=x.device)
+            self.fill(block, a, b)
+            found.append(block.diagonal())
+        return torch.cat(found)
+
+
+class Euclidean(_NoProduct):
+    """Negative Euclidean distances; the gradient needs one GEMM a side, and is zero at distance zero."""
+
+    degree = 1
 
     def fill(self, out: Tensor, x: Tensor, y: Tensor) -> Tensor:
         distances = torch.cdist(x, y)
@@ -105,14 +130,10 @@ class Euclidean(Dot):
             dy.addcmul_(y, weights.sum(0)[:, None], value=-1)
 
 
-class Manhattan(Dot):
+class Manhattan(_NoProduct):
     """Negative Manhattan distances, through PyTorch's own distance kernels in both directions."""
 
-    is_product = False
     degree = 1
-
-    def prepare(self, x: Tensor) -> tuple[Tensor, None]:
-        return x.to(self.passes.dtype).contiguous(), None
 
     def fill(self, out: Tensor, x: Tensor, y: Tensor) -> Tensor:
         distances = torch.cdist(x, y, p=1.0)
@@ -127,14 +148,13 @@ class Manhattan(Dot):
             dy.sub_(backward(grad.t().contiguous(), y, x, 1.0, saved.t().contiguous()))
 
 
-class RowwiseCallable(Dot):
+class RowwiseCallable(_NoProduct):
     """Any similarity that declares itself row-wise: autograd inside each block, nothing kept between blocks.
 
     It need not be symmetric or homogeneous, so no block stands for its transpose, and the scale's gradient is summed
     block by block in `scale_gradient`.
     """
 
-    is_product = False
     symmetric = False
     degree = 0
 
