@@ -101,7 +101,7 @@ def gradient_from_normalisers(
     width = block_of(columns)
     launch(
         known_normalisers_bwd_kernel, (rows,), block, gradient, row_normaliser, twin_normaliser, positive,
-        *objective.arguments, block.stride(0), gradient.stride(0), tile.start, tile.first, tile.last, *tile.twins, float(partitions), unit,
-        **objective.constants, DIRECTION=DIRECTION_CODES[tile.direction], TWINS=tile.has_twins,
-        BLOCK=width, num_warps=warps_of(width),
+        *objective.arguments, block.stride(0), gradient.stride(0), tile.start, tile.first, tile.last, *tile.twins,
+        float(partitions), unit, **objective.constants, DIRECTION=DIRECTION_CODES[tile.direction],
+        TWINS=tile.has_twins, BLOCK=width, num_warps=warps_of(width),
     )  # fmt: skip

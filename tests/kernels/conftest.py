@@ -7,6 +7,7 @@ this folder once more in a child process with TRITON_INTERPRET=1, and there alon
 import importlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,10 +21,12 @@ os.environ.setdefault("TILELOSS_AUTOTUNE", "0")  # tuning takes seconds a kernel
 collect_ignore = ["test_in_interpreter.py", "test_compile_report.py"] if interpreting() else []
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that run kernels need a GPU unless they are interpreted."""
+    """Tests of this folder that run kernels need a GPU unless they are interpreted."""
     for item in items:
-        if not interpreting() and "device" in getattr(item, "fixturenames", ()):
+        here = item.path.is_relative_to(Path(__file__).parent)
+        if here and not interpreting() and "device" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.gpu)
 
 

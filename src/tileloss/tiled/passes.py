@@ -1,8 +1,8 @@
 """What happens to a block of similarities between its GEMMs: masks, normalisers, and the gradient of the logits.
 
-A block is R rows of one matrix of similarities. Logits are relative to the positive's logit of the row of the loss that
-they belong to, and normalisers are the log-sum-exps of such logits: the loss is their mean, and no digits are lost where
-the positives have won. `Passes` is the in-place PyTorch form of the three passes that the driver in `contrastive.py`
+A block is R rows of one matrix of similarities. Logits are relative to the positive's logit of the row of the loss
+that they belong to, and normalisers are the log-sum-exps of such logits: the loss is their mean, and no digits are
+lost where the positives have won. `Passes` is the in-place PyTorch form of the three passes that the driver in `contrastive.py`
 needs; `tileloss.kernels.passes` has the same three in Triton. Every pass leaves the driver a block that the next
 GEMM can read, and none allocates more than a block.
 """
