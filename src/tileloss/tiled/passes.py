@@ -2,9 +2,9 @@
 
 A block is R rows of one matrix of similarities. Logits are relative to the positive's logit of the row of the loss
 that they belong to, and normalisers are the log-sum-exps of such logits: the loss is their mean, and no digits are
-lost where the positives have won. `Passes` is the in-place PyTorch form of the three passes that the driver in `contrastive.py`
-needs; `tileloss.kernels.passes` has the same three in Triton. Every pass leaves the driver a block that the next
-GEMM can read, and none allocates more than a block.
+lost where the positives have won. `Passes` is the in-place PyTorch form of the three passes that the driver in
+`contrastive.py` needs; `tileloss.kernels.passes` has the same three in Triton. Every pass leaves the driver a block
+that the next GEMM can read, and none allocates more than a block.
 """
 
 from __future__ import annotations
