@@ -1,9 +1,9 @@
 """Log-sum-exps of the rows and twin columns of a matrix of products that is never stored.
 
-A GEMM whose epilogue keeps, of each tile of similarities, the log-sum-exp of every row and of every twin column, the
-positives and the hardest negatives. A second kernel merges the tiles' parts in a fixed order: no atomics, no locks, so
-two runs give the same bits. Rows are taken in bands, so that the parts stay within a few dozen megabytes whatever the
-batch. Of a symmetric matrix only the tiles that reach right of the diagonal are multiplied.
+A GEMM whose epilogue keeps, of each tile of similarities, the log-sum-exp of every row and of every twin column, and
+the hardest negatives. A second kernel merges the tiles' parts in a fixed order: no atomics, no locks, so two runs
+give the same bits. Rows are taken in bands, so that the parts stay within a few dozen megabytes whatever the batch.
+Of a symmetric matrix only the tiles that reach right of the diagonal are multiplied.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -215,10 +215,10 @@ def fused_normalisers(
     left: Tensor,  # (B, D) contiguous
     right: Tensor,  # (C, D) contiguous
     objective: Objective,
-    positive: Tensor,  # (B,)
-    hardest: Tensor,  # (B,): written for query_to_doc
+    positive: Tensor,  # (B,): similarities that logits are relative to
+    hardest: Tensor,  # (B,): is written for query_to_doc
 ) -> tuple[Tensor, Tensor]:
-    """Log-sum-exps of the rows (B,) and of the twin columns (B,), in float32.
+    """Log-sum-exps of the rows (B,) and of the twin columns (B,), each less its positive's logit, in float32.
 
     One GEMM of B x C x D, half of it for symmetric matrices. Memory: `_PARTS_BYTES` of parts, more only when a band of
     one tile's rows needs it.
