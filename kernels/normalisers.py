@@ -69,6 +69,19 @@ def tile_of_program(row_tiles, column_tiles, GROUP: tl.constexpr):
 
 
 @triton.jit
+def relative_log_sum_exp2(similarity, positive, logit_scale, AXIS: tl.constexpr):
+    """The same of similarities, scaled, less the positive's scaled one.
+
+    Of two near similarities the difference comes first and the product then, so that no digit is lost; and the
+    positive's is taken from the sum instead of every entry, which spares the registers.
+    """
+    peak = tl.max(similarity, AXIS)
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    total = tl.sum(tl.exp2((similarity - tl.expand_dims(peak, AXIS)) * logit_scale), AXIS)
+    return (peak - positive) * logit_scale + tl.log2(total)
+
+
+@triton.jit
 def add_log_sums(a, b):
     """log2 of 2^a + 2^b; minus infinity where both are."""
     peak = tl.maximum(a, b)
@@ -108,17 +121,23 @@ def keep_statistics(
         similarity, row_2d, column_2d, inside, row_id, ids_ptr, mask_ptr, mask_row_stride, mask_column_stride,
         size, docs, DIRECTION, HAS_IDS, HAS_MASK,
     )  # fmt: skip
-    positive = tl.load(positive_ptr + row, mask=row < stop, other=0.0)[:, None]
+    positive = tl.load(positive_ptr + row, mask=row < stop, other=0.0)
     hardest = tl.full(row.shape, float("-inf"), tl.float32)
     if DIRECTION == QUERY_TO_DOC:
         is_positive = row_2d == column_2d
         hardest = tl.max(tl.where(is_positive, float("-inf"), similarity), 1)
-        similarity = tl.where(is_positive, positive, similarity)
-    twin_positive = tl.load(positive_ptr + column, mask=column < size, other=0.0)[None, :]
-    twin_logit = (similarity - twin_positive) * (scale * LOG2_E)
-    tl.store(twin_part_ptr + column, log_sum_exp2(twin_logit, 0), mask=column < size)
-    logit = to_logits(similarity, positive, row_2d, column_2d, scale, strength, size, docs, DIRECTION, HARDNESS)
-    return log_sum_exp2(logit, 1), hardest
+        similarity = tl.where(is_positive, positive[:, None], similarity)
+    twin_positive = tl.load(positive_ptr + column, mask=column < size, other=0.0)
+    twin = relative_log_sum_exp2(similarity, twin_positive, scale * LOG2_E, 0)
+    tl.store(twin_part_ptr + column, twin, mask=column < size)
+    if DIRECTION != QUERY_TO_DOC or HARDNESS == 0:
+        normaliser = relative_log_sum_exp2(similarity, positive, scale * LOG2_E, 1)
+    else:
+        logit = to_logits(
+            similarity, positive[:, None], row_2d, column_2d, scale, strength, size, docs, DIRECTION, HARDNESS
+        )
+        normaliser = log_sum_exp2(logit, 1)
+    return normaliser, hardest
 
 
 @tuned(CONFIGS, key=["size_bucket", "DIRECTION", "HAS_IDS", "HAS_MASK", "HARDNESS", "PRECISION"])
