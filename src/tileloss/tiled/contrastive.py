@@ -15,6 +15,7 @@ in PyTorch (`tiled/passes.py`) or in Triton (`tileloss.kernels.passes`).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -179,7 +180,7 @@ class _Walk:
         """The tiles of one matrix from top to bottom, each with room for its similarities."""
         size, columns = self.problem.size, len(matrix.right)
         rows = self._rows_per_block(self.passes.blocks_held * columns)
-        buffer = self._buffer(rows * columns)
+        buffer = self.shared_buffer
         for start in range(0, size, rows):
             stop = min(start + rows, size)
             if matrix.direction == "query_to_doc":
@@ -222,6 +223,12 @@ class _Walk:
         room = _BLOCK_BYTES.get(self.queries.device.type, _BLOCK_BYTES["cuda"])
         rows = room // (columns * self.passes.dtype.itemsize) // _MIN_ROWS * _MIN_ROWS
         return min(max(rows, _MIN_ROWS), self.problem.size)
+
+    @functools.cached_property
+    def shared_buffer(self) -> Tensor:
+        """Room for a block of any matrix: one for all, because the last block of a matrix lives on into the next."""
+        columns = [len(matrix.right) for matrix in self._matrices()]
+        return self._buffer(max(self._rows_per_block(self.passes.blocks_held * count) * count for count in columns))
 
     def _buffer(self, entries: int) -> Tensor:
         return torch.empty(entries, dtype=self.passes.dtype, device=self.queries.device)
