@@ -124,7 +124,7 @@ class Objective(NamedTuple):
                 scale if mask is None else mask,
                 *mask_strides,
                 scale,
-                spec.hardness_strength,
+                float(spec.hardness_strength),
                 problem.size,
                 problem.docs,
             ),
