@@ -5,9 +5,9 @@
 The passes are called as the driver calls them, with their launches recorded instead of run, over a covering set of
 features and dtypes; each launch is then compiled ahead of time. The table shows, per kernel, configuration and
 target, registers, spilled bytes, shared memory and the matrix instructions found. The status is 1 when a kernel does
-not compile, when a default configuration spills (beyond a few bytes) or does not fit its GPU, or when a GEMM has no
-matrix instructions (wgmma on Hopper). Exact float32 on NVIDIA is excused, which has none. That a kernel compiles says
-nothing of its speed.
+not compile, when a default configuration spills or does not fit its GPU, or when a GEMM has no matrix instructions
+(wgmma on Hopper). Exact float32 on NVIDIA is excused, which has none. That a kernel compiles says nothing of its
+speed.
 """
 
 from __future__ import annotations
@@ -48,8 +48,6 @@ TYPE_NAMES = {
     torch.int64: "i64",
     torch.bool: "i1",
 }
-# ptxas parks a register or two on the stack when that lets one more program run beside the others: no spill to mend
-PARKED_BYTES = 16
 NOT_SHOWN = ("FLOOR", "HAS_IDS", "HAS_MASK", "num_ctas")  # said by the case, or the same everywhere
 SIZE, DOCS, WIDTH = 8192, 2 * 8192, 768
 MATRICES = [("query_to_doc", DOCS), ("query_to_query", SIZE), ("doc_to_doc", DOCS)]
@@ -120,7 +118,7 @@ class Row:
         """Why this row must not be, or an empty string."""
         if self.error:
             return f"did not compile: {self.error}"
-        if self.is_default and self.spilled_bytes > PARKED_BYTES:
+        if self.is_default and self.spilled_bytes:
             return f"spills {self.spilled_bytes} bytes"
         if self.is_default and self.shared_bytes > GPUS[self.gpu].shared_memory:
             return f"needs {self.shared_bytes} bytes of shared memory of {GPUS[self.gpu].shared_memory}"
