@@ -46,6 +46,9 @@ class Choice(NamedTuple):
     reason: str
 
 
+_SMALL_CHOICE = Choice("reference", "at this size the materialised form is fastest")
+
+
 def _check_name(name: str, origin: str) -> str:
     if name not in (*BACKENDS, "auto"):
         raise InputError(f"{origin} must be 'auto' or one of {list(BACKENDS)}, got {name!r}.")
@@ -125,17 +128,18 @@ def choose(
     Raises:
         BackendError: when a backend was asked for by name and cannot run.
     """
+    name = requested()
+    # first of all, because a small batch is where microseconds count
+    if name == "auto" and similarities is not None and similarities <= _SMALL.get(tensor.device.type, 0):
+        return _SMALL_CHOICE
     obstacles = dict(obstacles or {})
     device_obstacle = _triton_obstacle(tensor.device, tensor.dtype)
     if device_obstacle:
         obstacles["triton"] = device_obstacle
-    name = requested()
     if name != "auto":
         if name in obstacles:
             raise BackendError(f"The backend {name!r} was asked for and cannot run: {obstacles[name]}.")
         return Choice(name, "it was asked for by name")
-    if similarities is not None and similarities <= _SMALL.get(tensor.device.type, 0):
-        return Choice("reference", "at this size the materialised form is fastest")
     best = "triton" if tensor.device.type in _TRITON_DEVICES and _TRITON_IS_INSTALLED else "tiled"
     for name in (best, "tiled"):
         if name not in obstacles:
