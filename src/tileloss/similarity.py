@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -90,6 +91,7 @@ SIMILARITIES: dict[str, SimilarityFn] = {
     "manhattan": manhattan_sim,
 }
 _STOCK_FUNCTIONS = {"pytorch_cos_sim": "cosine"} | {fn.__name__: name for name, fn in SIMILARITIES.items()}
+_OURS = {fn: name for name, fn in SIMILARITIES.items()}
 _STOCK_PACKAGES = ("tileloss", "sentence_transformers")
 
 
@@ -103,6 +105,8 @@ def recognise(similarity: str | SimilarityFn) -> str | SimilarityFn:
     Raises:
         InputError: for a name that is none of the four, or an object that is neither a name nor callable.
     """
+    if isinstance(similarity, FunctionType) and similarity in _OURS:
+        return _OURS[similarity]
     name = getattr(similarity, "value", similarity)  # an enum member carries the name as its value
     if isinstance(name, str):
         if name not in SIMILARITIES:

@@ -113,5 +113,5 @@ def statistics(
     negatives = similarities if masked is None else similarities.masked_fill(masked, NEG_INF)
     if len(positive) == 0:
         return similarities.new_full((3,), float("nan"), dtype=torch.float32)
-    hardest = negatives.diagonal_scatter(positive.new_full((len(positive),), NEG_INF)).amax(dim=1)
-    return torch.stack([(positive > hardest).to(hardest.dtype), positive, hardest]).mean(dim=1).float()
+    hardest = negatives.clone().fill_diagonal_(NEG_INF).amax(dim=1)
+    return torch.stack([positive > hardest, positive, hardest]).mean(dim=1).float()
