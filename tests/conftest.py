@@ -1,10 +1,13 @@
-"""What every test file shares: GPU tests only where there is a GPU, and memory that betrays a read before a write."""
+"""What test files share: GPU tests only where there is a GPU, the backends that run everywhere, poisoned memory."""
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+
+import tileloss
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -15,6 +18,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if gpu:
         config.hook.pytest_deselected(items=gpu)
         items[:] = [item for item in items if item not in gpu]
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Cut every walk into blocks of this many rows."""
+    rows = 7
+    driver = importlib.import_module("tileloss.tiled.contrastive")
+    monkeypatch.setitem(driver._BLOCK_BYTES, "cpu", 1)
+    monkeypatch.setattr(driver, "_MIN_ROWS", rows)
+    return rows
+
+
+@pytest.fixture(params=["reference", "tiled"])
+def backend(request: pytest.FixtureRequest, small_blocks: int) -> Any:
+    """Each of the backends that need no GPU, forced for the length of the test."""
+    with tileloss.use_backend(request.param):
+        yield request.param
 
 
 def _poison(tensor: torch.Tensor) -> torch.Tensor:
