@@ -83,18 +83,14 @@ def _shapes(queries: Tensor, docs: Tensor, scale_tensor: Tensor | None, *setting
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    queries, docs, scale_tensor, doc_ids, mask, ctx.scale, *ctx.names, ctx.needs, _ = inputs
+    queries, docs, scale_tensor, doc_ids, mask, ctx.scale, *settings, ctx.needs, _ = inputs
+    ctx.spec = _spec(*settings)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(queries, docs, scale_tensor, doc_ids, mask, *output[2:])
 
 
 def _backward(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Any, ...]:
-    queries, docs, scale_tensor, doc_ids, mask, *gradients = ctx.saved_tensors
-    if torch.is_grad_enabled():
-        scale = ctx.scale if scale_tensor is None else scale_tensor
-        again = _through_definition(d_loss, (queries, docs, scale), _spec(*ctx.names), doc_ids, mask, ctx.needs)
-        return (*again, *[None] * 10)
-    return (*_scaled(d_loss, gradients, ctx.needs), *[None] * 10)
+    return (*_gradients(ctx, d_loss), *[None] * 10)
 
 
 _contrastive.register_autograd(_backward, setup_context=_setup_context)
@@ -114,17 +110,17 @@ class _CallableLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor, _: Any) -> tuple[Any, ...]:
-        queries, docs, scale_tensor, doc_ids, mask, *gradients = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            scale = ctx.scale if scale_tensor is None else scale_tensor
-            again = _through_definition(d_loss, (queries, docs, scale), ctx.spec, doc_ids, mask, ctx.needs)
-            return (*again, *[None] * 5)
-        return (*_scaled(d_loss, gradients, ctx.needs), *[None] * 5)
+        return (*_gradients(ctx, d_loss), *[None] * 5)
 
 
-def _scaled(d_loss: Tensor, gradients: list[Tensor], needs: list[bool]) -> list[Tensor | None]:
-    """Out of place, so that a second backward over a retained graph gives the same numbers."""
-    return [g * d_loss.to(g.dtype) if need else None for g, need in zip(gradients, needs, strict=True)]
+def _gradients(ctx: Any, d_loss: Tensor) -> list[Tensor | None]:
+    """Of queries, docs and scale: as the forward found them, scaled; or by the definition where autograd records."""
+    queries, docs, scale_tensor, doc_ids, mask, *found = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        scale = ctx.scale if scale_tensor is None else scale_tensor
+        return _through_definition(d_loss, (queries, docs, scale), ctx.spec, doc_ids, mask, ctx.needs)
+    # out of place, so that a second backward over a retained graph gives the same numbers
+    return [g * d_loss.to(g.dtype) if need else None for g, need in zip(found, ctx.needs, strict=True)]
 
 
 def _through_definition(

@@ -121,7 +121,7 @@ class MultipleNegativesRankingLoss(nn.Module):
         if len(docs[0]) < len(queries):
             raise ShapeError(f"There are {len(queries)} queries but {len(docs[0])} positives; each needs its own.")
         widths = [column.shape[-1] for column in docs]
-        if len(docs) > 1 and len(set(widths)) > 1:
+        if len(set(widths)) > 1:
             raise ShapeError(f"The document columns have different widths: {widths}; embed all by one model.")
         weighs_hardness = self.hardness_mode is not None and self.hardness_strength > 0
         aligned = self.exclude_same_label or weighs_hardness or "doc_to_doc" in self.directions
