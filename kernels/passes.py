@@ -7,14 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tileloss.kernels import known_normalisers, normalisers, softmax_rows, unit_rows
+from tileloss.kernels import known_normalisers, normalisers, softmax_rows
 from tileloss.kernels.logits import Objective
+from tileloss.kernels.rows import TritonRows
 from tileloss.tiled.passes import Passes, Problem, Tile
 
 _PRODUCTS = ("cosine", "dot")
 
 
-class TritonPasses(Passes):
+class TritonPasses(TritonRows, Passes):
     """One kernel a pass; sums, maxima and similarities in float32 whatever the operands.
 
     The GEMMs around the passes read operands of the inputs' own dtype: bfloat16 and float16 rows, and gradients of
@@ -31,12 +32,6 @@ class TritonPasses(Passes):
             self.operand_dtype = queries.dtype
         self.gradient_unit = 2.0**14 if self.operand_dtype == torch.float16 else 1.0
         self.objective = Objective.of(problem, queries.device)
-
-    def unit_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return unit_rows.unit_rows(x, self.operand_dtype)
-
-    def unit_rows_backward(self, dx: Tensor, x: Tensor, norms: Tensor, factor: float | Tensor) -> Tensor:
-        return unit_rows.unit_rows_backward(dx, x, norms, factor)
 
     def softmax_gradient(
         self, tiles: Sequence[Tile], block: Tensor, gradients: bool

@@ -24,9 +24,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> int:
     """Cut every walk into blocks of this many rows."""
     rows = 7
-    driver = importlib.import_module("tileloss.tiled.contrastive")
-    monkeypatch.setitem(driver._BLOCK_BYTES, "cpu", 1)
-    monkeypatch.setattr(driver, "_MIN_ROWS", rows)
+    blocks = importlib.import_module("tileloss.tiled.blocks")
+    monkeypatch.setitem(blocks.BLOCK_BYTES, "cpu", 1)
+    monkeypatch.setattr(blocks, "MIN_ROWS", rows)
     return rows
 
 

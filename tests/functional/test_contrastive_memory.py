@@ -15,7 +15,7 @@ BLOCK = 1 << 20
 
 @pytest.fixture(autouse=True)
 def _blocks_of_a_megabyte(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(importlib.import_module("tileloss.tiled.contrastive")._BLOCK_BYTES, "cpu", BLOCK)
+    monkeypatch.setitem(importlib.import_module("tileloss.tiled.blocks").BLOCK_BYTES, "cpu", BLOCK)
 
 
 def peak_bytes(size: int, backend: str, **options: object) -> int:

@@ -39,9 +39,9 @@ def device() -> torch.device:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The triton backend, with blocks, steps and bands so small that a test's batch has many of each."""
-    driver = importlib.import_module("tileloss.tiled.contrastive")
+    blocks = importlib.import_module("tileloss.tiled.blocks")
     for kind in ("cpu", "cuda"):
-        monkeypatch.setitem(driver._BLOCK_BYTES, kind, 1)
+        monkeypatch.setitem(blocks.BLOCK_BYTES, kind, 1)
     unit_rows = importlib.import_module("tileloss.kernels.unit_rows")
     monkeypatch.setattr(unit_rows, "_WIDEST_BLOCK", 128)
     normalisers = importlib.import_module("tileloss.kernels.normalisers")

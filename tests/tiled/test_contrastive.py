@@ -141,13 +141,13 @@ def test_narrow_rows_have_the_gradients_of_the_same_numbers_in_float32(
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 def test_the_size_of_a_block_changes_nothing(similarity: str | SimilarityFn, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    driver = importlib.import_module("tileloss.tiled.contrastive")
+    blocks = importlib.import_module("tileloss.tiled.blocks")
     spec = ContrastiveSpec(similarity, DIRECTIONS, hardness="all_negatives", hardness_strength=2.0)
     queries, docs = torch.randn(23, 5).double(), torch.randn(46, 5).double()
     whole = tiled.contrastive_loss(queries, docs, 3.0, spec, None, None, ALL)
-    monkeypatch.setitem(driver._BLOCK_BYTES, "cpu", 1)
+    monkeypatch.setitem(blocks.BLOCK_BYTES, "cpu", 1)
     for rows in (1, 2, 22, 23):
-        monkeypatch.setattr(driver, "_MIN_ROWS", rows)
+        monkeypatch.setattr(blocks, "MIN_ROWS", rows)
         parts = tiled.contrastive_loss(queries, docs, 3.0, spec, None, None, ALL)
         for found, expected in zip(parts, whole, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)

@@ -25,13 +25,9 @@ from torch import Tensor
 
 from tileloss.similarity import full_precision
 from tileloss.spec import ContrastiveSpec
+from tileloss.tiled.blocks import rows_per_block
 from tileloss.tiled.passes import NEG_INF, Passes, Problem, Tile
 from tileloss.tiled.similarity import RowwiseCallable, block_similarity
-
-# bytes of one block of similarities, measured on a CPU with 32 MB of third-level cache and set by arithmetic on GPUs;
-# a narrower block drowns in the traffic of the right-hand gradient, which every block reads and writes whole
-_BLOCK_BYTES = {"cpu": 16 << 20, "cuda": 224 << 20}
-_MIN_ROWS = 64
 
 
 class Needs(NamedTuple):
@@ -220,9 +216,7 @@ class _Walk:
             self.d_queries[rows] = self.similarity.finish(d_left, left, saved, self._factor())
 
     def _rows_per_block(self, columns: int) -> int:
-        room = _BLOCK_BYTES.get(self.queries.device.type, _BLOCK_BYTES["cuda"])
-        rows = room // (columns * self.passes.dtype.itemsize) // _MIN_ROWS * _MIN_ROWS
-        return min(max(rows, _MIN_ROWS), self.problem.size)
+        return rows_per_block(self.problem.size, columns, self.passes.dtype, self.queries.device)
 
     @functools.cached_property
     def shared_buffer(self) -> Tensor:

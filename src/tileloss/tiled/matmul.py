@@ -2,13 +2,15 @@
 
 With operands of the result's dtype these are plain `torch.mm` and `addmm_`, under whatever precision
 `torch.get_float32_matmul_precision` asks for. Narrow operands go to the tensor cores with float32 results; on a device
-whose GEMM cannot do that they are raised first.
+whose GEMM cannot do that they are raised first. Where oneDNN is the faster library for float32 it is asked instead.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from tileloss.tiled import onednn
 
 _WIDE_RESULT_DEVICES = ("cuda",)
 
@@ -19,6 +21,8 @@ def multiply(
     out: Tensor,  # (N, M)
 ) -> Tensor:
     """`out = a @ b`, summed and stored in the dtype of `out`."""
+    if b.t().is_contiguous() and onednn.serves(a, b, out):
+        return onednn.multiply(a, b.t(), out)
     if a.dtype == b.dtype == out.dtype:
         return torch.mm(a, b, out=out)
     if a.device.type in _WIDE_RESULT_DEVICES and a.dtype == b.dtype:
@@ -32,6 +36,11 @@ def accumulate(
     b: Tensor,  # (K, M)
 ) -> Tensor:
     """`total += a @ b`, summed in the dtype of `total`."""
+    if onednn.serves(total, a, b):
+        if a.stride(0) == 1:
+            return onednn.accumulate_transposed(total, a.t(), b)
+        if b.is_contiguous():
+            return onednn.accumulate(total, a, b)
     if a.dtype == b.dtype == total.dtype:
         return total.addmm_(a, b)
     if a.device.type in _WIDE_RESULT_DEVICES and a.dtype == b.dtype:

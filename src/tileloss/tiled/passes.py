@@ -15,11 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tileloss.similarity import up, up_dtype
 from tileloss.spec import ContrastiveSpec
+from tileloss.tiled.rows import Rows
 
 NEG_INF = float("-inf")
-NORM_FLOOR = 1e-12  # the clamp of torch.nn.functional.normalize
 
 
 @dataclass(frozen=True)
@@ -74,42 +73,19 @@ class Problem:
     mask: Tensor | None = None  # (B, M) boolean
 
 
-class Passes:
+class Passes(Rows):
     """The passes in PyTorch, in place; sums, maxima and gradients in float32, or float64 for float64 inputs."""
 
     gradient_unit = 1.0  # the passes return the logits' gradients times this
     blocks_held = 2  # at once, of a block with twins: both are exponentiated
 
     def __init__(self, problem: Problem, queries: Tensor, docs: Tensor) -> None:
+        super().__init__(queries, docs)
         self.problem = problem
-        self.dtype = torch.promote_types(up_dtype(queries.dtype), up_dtype(docs.dtype))
-        self.operand_dtype = self.dtype
         # per row, raw similarities: of the positive (which the passes other than `softmax_gradient` are given), and of
         # the hardest negative
         self.positive = torch.empty(problem.size, dtype=self.dtype, device=queries.device)
         self.hardest = torch.empty_like(self.positive)
-
-    def unit_rows(
-        self,
-        x: Tensor,  # (N, D)
-    ) -> tuple[Tensor, Tensor]:
-        """The rows over their norms, (N, D) in the operands' dtype, and the norms (N, 1), clamped as PyTorch does."""
-        x = up(x)
-        norms = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-        return (x / norms.clamp_min(NORM_FLOOR)).to(self.operand_dtype), norms
-
-    def unit_rows_backward(
-        self,
-        dx: Tensor,  # (N, D): the gradient of the unit rows; is overwritten
-        x: Tensor,  # (N, D): the unit rows
-        norms: Tensor,  # (N, 1)
-        factor: float | Tensor,
-    ) -> Tensor:  # (N, D)
-        """The gradient of the rows as given, times `factor`."""
-        x = x.to(dx.dtype)
-        along = torch.einsum("nd,nd->n", dx, x)[:, None]
-        along = torch.where(norms < NORM_FLOOR, 0.0, along)  # below the floor the norm is a constant
-        return dx.addcmul_(x, along, value=-1).mul_(factor / norms.clamp_min(NORM_FLOOR))
 
     def softmax_gradient(
         self,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tileloss.similarity import SimilarityFn
 from tileloss.tiled.matmul import accumulate, multiply
-from tileloss.tiled.passes import Passes
+from tileloss.tiled.rows import Rows
 
 # rows at a time when only pairs are wanted: enough for a product a row, few for a block of which the diagonal is kept
 _PAIRED_ROWS, _PAIRED_BLOCK = 4096, 64
@@ -28,15 +28,15 @@ class Dot:
     symmetric = True
     degree = 2
 
-    def __init__(self, passes: Passes) -> None:
-        self.passes = passes
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
 
     def prepare(
         self,
         x: Tensor,  # (N, D)
     ) -> tuple[Tensor, Tensor | None]:
         """The rows as the GEMMs read them, (N, D) contiguous, and what `finish` needs to know of them."""
-        return x.to(self.passes.operand_dtype).contiguous(), None
+        return x.to(self.rows.operand_dtype).contiguous(), None
 
     def fill(
         self,
@@ -54,7 +54,7 @@ class Dot:
     ) -> Tensor:  # (N,)
         """The similarity of each row with its counterpart."""
         pairs = zip(x.split(_PAIRED_ROWS), y.split(_PAIRED_ROWS), strict=True)
-        return torch.cat([(a.to(self.passes.dtype) * b.to(self.passes.dtype)).sum(dim=1) for a, b in pairs])
+        return torch.cat([(a.to(self.rows.dtype) * b.to(self.rows.dtype)).sum(dim=1) for a, b in pairs])
 
     def pull(
         self,
@@ -86,11 +86,11 @@ class Cosine(Dot):
     """Dot products of unit rows; the norms are clamped at 1e-12 inside the graph."""
 
     def prepare(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.passes.unit_rows(x)
+        return self.rows.unit_rows(x)
 
     def finish(self, dx: Tensor, x: Tensor, saved: Tensor | None, factor: float | Tensor) -> Tensor:
         assert saved is not None
-        return self.passes.unit_rows_backward(dx, x, saved, factor)
+        return self.rows.unit_rows_backward(dx, x, saved, factor)
 
 
 class _NoProduct(Dot):
@@ -99,12 +99,12 @@ class _NoProduct(Dot):
     is_product = False
 
     def prepare(self, x: Tensor) -> tuple[Tensor, None]:
-        return x.to(self.passes.dtype).contiguous(), None
+        return x.to(self.rows.dtype).contiguous(), None
 
     def paired(self, x: Tensor, y: Tensor) -> Tensor:
         found = []
         for a, b in zip(x.split(_PAIRED_BLOCK), y.split(_PAIRED_BLOCK), strict=True):
-            block = torch.empty(len(a), len(b), dtype=self.passes.dtype, device=x.device)
+            block = torch.empty(len(a), len(b), dtype=self.rows.dtype, device=x.device)
             self.fill(block, a, b)
             found.append(block.diagonal())
         return torch.cat(found)
@@ -158,8 +158,8 @@ class RowwiseCallable(_NoProduct):
     symmetric = False
     degree = 0
 
-    def __init__(self, passes: Passes, similarity: SimilarityFn) -> None:
-        super().__init__(passes)
+    def __init__(self, rows: Rows, similarity: SimilarityFn) -> None:
+        super().__init__(rows)
         self.similarity = similarity
         self.scale_gradient: Tensor | float = 0.0
 
@@ -185,8 +185,8 @@ class RowwiseCallable(_NoProduct):
                 total.add_(gradient)
 
 
-def block_similarity(similarity: str | SimilarityFn, passes: Passes) -> Dot:
+def block_similarity(similarity: str | SimilarityFn, rows: Rows) -> Dot:
     """The block form of a similarity: by its name, or around a row-wise callable."""
     if not isinstance(similarity, str):
-        return RowwiseCallable(passes, similarity)
-    return {"cosine": Cosine, "dot": Dot, "euclidean": Euclidean, "manhattan": Manhattan}[similarity](passes)
+        return RowwiseCallable(rows, similarity)
+    return {"cosine": Cosine, "dot": Dot, "euclidean": Euclidean, "manhattan": Manhattan}[similarity](rows)

@@ -1,0 +1,18 @@
+"""Rows before the GEMMs and after them, in Triton: one kernel each way."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tileloss.kernels import unit_rows
+from tileloss.tiled.rows import Rows
+
+
+class TritonRows(Rows):
+    """As `Rows`, in one read and one write; operands may keep a dtype narrower than that of the sums."""
+
+    def unit_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return unit_rows.unit_rows(x, self.operand_dtype)
+
+    def unit_rows_backward(self, dx: Tensor, x: Tensor, norms: Tensor, factor: float | Tensor) -> Tensor:
+        return unit_rows.unit_rows_backward(dx, x, norms, factor)
