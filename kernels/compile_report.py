@@ -2,8 +2,8 @@
 
     python -m tileloss.kernels.compile_report [--json PATH] [--target sm_90 ...]
 
-The passes are called as the driver calls them, with their launches recorded instead of run, over a covering set of
-features and dtypes; each launch is then compiled ahead of time. The table shows, per kernel, configuration and
+What to compile stands in `compile_cases.py`: launches over a covering set of features and dtypes, recorded instead of
+run; each is then compiled ahead of time. The table shows, per kernel, configuration and
 target, registers, spilled bytes, shared memory and the matrix instructions found. The status is 1 when a kernel does
 not compile, when a default configuration spills or does not fit its GPU, or when a GEMM has no matrix instructions
 (wgmma on Hopper). Exact float32 on NVIDIA is excused, which has none. That a kernel compiles says nothing of its
@@ -20,24 +20,21 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 from tqdm import tqdm
-from triton.backends.compiler import BaseBackend, GPUTarget
+from triton.backends.compiler import BaseBackend
 from triton.compiler import ASTSource
 from triton.runtime.autotuner import Autotuner
 
-from tileloss.kernels.launch import Launch, recorded
-from tileloss.kernels.passes import TritonPasses
-from tileloss.spec import ContrastiveSpec
-from tileloss.tiled.passes import Problem, Tile
+from tileloss.kernels.compile_cases import COVERED, GPUS, record_cases
+from tileloss.kernels.launch import Launch
 
 GEMM = "normalisers_fwd_kernel"
 MATRIX_INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync", "mfma": "v_mfma"}
@@ -49,37 +46,6 @@ TYPE_NAMES = {
     torch.bool: "i1",
 }
 NOT_SHOWN = ("FLOOR", "HAS_IDS", "HAS_MASK", "num_ctas")  # said by the case, or the same everywhere
-SIZE, DOCS, WIDTH = 8192, 2 * 8192, 768
-MATRICES = [("query_to_doc", DOCS), ("query_to_query", SIZE), ("doc_to_doc", DOCS)]
-COVERED = (
-    "Each kernel with its features off, with all directions, ids and a hardness on, and with a mask and another "
-    "hardness on (float16: features off alone); the configurations to tune over with features off alone."
-)
-
-
-class Gpu(NamedTuple):
-    """A target of the compiler, and the shared memory that a program may take there."""
-
-    target: GPUTarget
-    shared_memory: int
-
-
-GPUS = {
-    "sm_80": Gpu(GPUTarget("cuda", 80, 32), 163 << 10),
-    "sm_90": Gpu(GPUTarget("cuda", 90, 32), 227 << 10),
-    "sm_100": Gpu(GPUTarget("cuda", 100, 32), 227 << 10),
-    "gfx942": Gpu(GPUTarget("hip", "gfx942", 64), 64 << 10),
-}
-
-
-class Feature(NamedTuple):
-    """Parts of the objective to switch on, and the matrices to go through."""
-
-    name: str
-    spec: ContrastiveSpec
-    matrices: list[tuple[str, int]]
-    ids: Tensor | None = None
-    mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -127,51 +93,6 @@ class Row:
             if self.matrix not in wanted:
                 return f"has {self.matrix or 'no'} matrix instructions, expected {' or '.join(wanted)}"
         return ""
-
-
-def record_cases(gpu: Gpu) -> Iterator[tuple[str, Launch]]:
-    """The launches of each case, with the case's name; tensors are on the meta device."""
-    ids = torch.empty(DOCS, dtype=torch.int64, device="meta")
-    mask = torch.empty(SIZE, DOCS, dtype=torch.bool, device="meta")
-    all_negatives = ContrastiveSpec(hardness="all_negatives", hardness_strength=1.0)
-    in_batch = ContrastiveSpec(hardness="in_batch_negatives", hardness_strength=1.0)
-    default = Feature("default", ContrastiveSpec(), MATRICES[:1])
-    features = [
-        default,
-        Feature("3 directions, ids, all_negatives", all_negatives, MATRICES, ids=ids),
-        Feature("mask, in_batch_negatives", in_batch, MATRICES[:1], mask=mask),
-    ]
-    cases = [("float32 ieee", torch.float32, "highest", features), ("bfloat16", torch.bfloat16, "highest", features)]
-    cases.append(("float16", torch.float16, "highest", [default]))
-    if gpu.target.backend != "hip":  # where float32 is always multiplied exactly
-        cases.append(("float32 tf32", torch.float32, "high", features))
-    before = torch.get_float32_matmul_precision()
-    for name, dtype, precision, wanted in cases:
-        torch.set_float32_matmul_precision(precision)
-        for feature in wanted:
-            with recorded(gpu.shared_memory) as launches:
-                call_passes(feature, dtype)
-            yield from ((f"{name}, {feature.name}", launch) for launch in launches)
-    torch.set_float32_matmul_precision(before)
-
-
-def call_passes(feature: Feature, dtype: torch.dtype) -> None:
-    """Every pass once, as both walks of the driver call them."""
-    problem = Problem(SIZE, DOCS, 20.0, feature.spec, feature.ids, feature.mask)
-    queries, docs = (torch.empty(rows, WIDTH, dtype=dtype, device="meta") for rows in (SIZE, DOCS))
-    passes = TritonPasses(problem, queries, docs)
-    unit_queries, norms = passes.unit_rows(queries)
-    unit_docs, _ = passes.unit_rows(docs)
-    passes.unit_rows_backward(torch.empty(unit_queries.shape, device="meta"), unit_queries, norms, 1.0)
-    tiles = [Tile(direction, 0, SIZE, 0, columns) for direction, columns in feature.matrices]
-    block = torch.empty(SIZE, sum(tile.width for tile in tiles), device="meta")
-    for gradients in (True, False):
-        passes.softmax_gradient(tiles, block, gradients)
-    for direction, columns in feature.matrices:
-        tile = Tile(direction, 0, SIZE, 0, columns, twins=(0, SIZE))
-        right = unit_queries if direction == "query_to_query" else unit_docs
-        normaliser, _ = passes.fused_normalisers(tile, unit_queries, right)
-        passes.gradient(tile, torch.empty(SIZE, columns, device="meta"), normaliser, normaliser)
 
 
 def jobs_for(name: str) -> list[Job]:

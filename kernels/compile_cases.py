@@ -1,0 +1,105 @@
+"""What the compile report compiles: every kernel, called over a covering set of features, dtypes and GPUs.
+
+A primitive has one generator here. It calls its launchers inside `recorded`, with tensors on the meta device, and
+yields the launches under the name of their case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from tileloss.kernels.launch import Launch, recorded
+from tileloss.kernels.passes import TritonPasses
+from tileloss.spec import ContrastiveSpec
+from tileloss.tiled.passes import Problem, Tile
+
+SIZE, DOCS, WIDTH = 8192, 2 * 8192, 768
+MATRICES = [("query_to_doc", DOCS), ("query_to_query", SIZE), ("doc_to_doc", DOCS)]
+COVERED = (
+    "Each kernel with its features off, with all directions, ids and a hardness on, and with a mask and another "
+    "hardness on (float16: features off alone); the configurations to tune over with features off alone."
+)
+
+
+class Gpu(NamedTuple):
+    """A target of the compiler, and the shared memory that a program may take there."""
+
+    target: GPUTarget
+    shared_memory: int
+
+
+GPUS = {
+    "sm_80": Gpu(GPUTarget("cuda", 80, 32), 163 << 10),
+    "sm_90": Gpu(GPUTarget("cuda", 90, 32), 227 << 10),
+    "sm_100": Gpu(GPUTarget("cuda", 100, 32), 227 << 10),
+    "gfx942": Gpu(GPUTarget("hip", "gfx942", 64), 64 << 10),
+}
+
+
+class Feature(NamedTuple):
+    """Parts of the objective to switch on, and the matrices to go through."""
+
+    name: str
+    spec: ContrastiveSpec
+    matrices: list[tuple[str, int]]
+    ids: Tensor | None = None
+    mask: Tensor | None = None
+
+
+def record_cases(gpu: Gpu) -> Iterator[tuple[str, Launch]]:
+    """The launches of every case of every primitive, with the case's name; tensors are on the meta device.
+
+    The name of a case says "default" where all configurations of a kernel are to be compiled, not the first one alone.
+    """
+    for primitive in (contrastive_cases,):
+        yield from primitive(gpu)
+
+
+def contrastive_cases(gpu: Gpu) -> Iterator[tuple[str, Launch]]:
+    """The passes of the contrastive primitive, called as its driver calls them."""
+    ids = torch.empty(DOCS, dtype=torch.int64, device="meta")
+    mask = torch.empty(SIZE, DOCS, dtype=torch.bool, device="meta")
+    all_negatives = ContrastiveSpec(hardness="all_negatives", hardness_strength=1.0)
+    in_batch = ContrastiveSpec(hardness="in_batch_negatives", hardness_strength=1.0)
+    default = Feature("default", ContrastiveSpec(), MATRICES[:1])
+    features = [
+        default,
+        Feature("3 directions, ids, all_negatives", all_negatives, MATRICES, ids=ids),
+        Feature("mask, in_batch_negatives", in_batch, MATRICES[:1], mask=mask),
+    ]
+    cases = [("float32 ieee", torch.float32, "highest", features), ("bfloat16", torch.bfloat16, "highest", features)]
+    cases.append(("float16", torch.float16, "highest", [default]))
+    if gpu.target.backend != "hip":  # where float32 is always multiplied exactly
+        cases.append(("float32 tf32", torch.float32, "high", features))
+    before = torch.get_float32_matmul_precision()
+    for name, dtype, precision, wanted in cases:
+        torch.set_float32_matmul_precision(precision)
+        for feature in wanted:
+            with recorded(gpu.shared_memory) as launches:
+                call_contrastive_passes(feature, dtype)
+            yield from ((f"{name}, {feature.name}", found) for found in launches)
+    torch.set_float32_matmul_precision(before)
+
+
+def call_contrastive_passes(feature: Feature, dtype: torch.dtype) -> None:
+    """Every pass once, as both walks of the driver call them."""
+    problem = Problem(SIZE, DOCS, 20.0, feature.spec, feature.ids, feature.mask)
+    queries, docs = (torch.empty(rows, WIDTH, dtype=dtype, device="meta") for rows in (SIZE, DOCS))
+    passes = TritonPasses(problem, queries, docs)
+    unit_queries, norms = passes.unit_rows(queries)
+    unit_docs, _ = passes.unit_rows(docs)
+    passes.unit_rows_backward(torch.empty(unit_queries.shape, device="meta"), unit_queries, norms, 1.0)
+    tiles = [Tile(direction, 0, SIZE, 0, columns) for direction, columns in feature.matrices]
+    block = torch.empty(SIZE, sum(tile.width for tile in tiles), device="meta")
+    for gradients in (True, False):
+        passes.softmax_gradient(tiles, block, gradients)
+    for direction, columns in feature.matrices:
+        tile = Tile(direction, 0, SIZE, 0, columns, twins=(0, SIZE))
+        right = unit_queries if direction == "query_to_query" else unit_docs
+        normaliser, _ = passes.fused_normalisers(tile, unit_queries, right)
+        passes.gradient(tile, torch.empty(SIZE, columns, device="meta"), normaliser, normaliser)
