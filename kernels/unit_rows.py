@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tileloss.kernels.launch import as_scalar, launch
-from tileloss.tiled.rows import NORM_FLOOR
+from tileloss.similarity import NORM_FLOOR
 
 _WIDEST_BLOCK = 4096
 

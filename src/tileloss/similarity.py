@@ -15,10 +15,11 @@ from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tileloss.errors import InputError
+
+NORM_FLOOR = 1e-12  # the clamp of torch.nn.functional.normalize
 
 SimilarityFn = Callable[[Tensor, Tensor], Tensor]
 _Fn = TypeVar("_Fn", bound=Callable[..., Tensor])
@@ -45,6 +46,12 @@ def _rows(x: Any) -> Tensor:
     return x.unsqueeze(0) if x.ndim == 1 else x
 
 
+def _unit_rows(x: Any) -> Tensor:
+    """The rows over their norms, as `torch.nn.functional.normalize` has them, in fewer operations."""
+    x = _rows(x)
+    return x / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(NORM_FLOOR)
+
+
 def cos_sim(
     a: Tensor,  # (N, D)
     b: Tensor,  # (M, D)
@@ -57,7 +64,7 @@ def cos_sim(
     >>> cos_sim(torch.eye(2), torch.ones(1, 2)).shape
     torch.Size([2, 1])
     """
-    return F.normalize(_rows(a), dim=1) @ F.normalize(_rows(b), dim=1).T
+    return _unit_rows(a) @ _unit_rows(b).T
 
 
 def dot_score(

@@ -1,4 +1,4 @@
-"""The GEMMs give the products that they say, whichever library multiplies, and oneDNN is asked only where it is known."""
+"""The GEMMs give the products that they say, whichever library multiplies, and oneDNN is asked only where known."""
 
 from collections.abc import Callable
 

@@ -110,8 +110,8 @@ def statistics(
 ) -> Tensor:  # (3,)
     """Share of queries whose positive beats every negative, mean positive and mean hardest-negative similarity."""
     positive = similarities.diagonal()
-    negatives = similarities if masked is None else similarities.masked_fill(masked, NEG_INF)
     if len(positive) == 0:
         return similarities.new_full((3,), float("nan"), dtype=torch.float32)
-    hardest = negatives.clone().fill_diagonal_(NEG_INF).amax(dim=1)
+    negatives = similarities.clone() if masked is None else similarities.masked_fill(masked, NEG_INF)
+    hardest = negatives.fill_diagonal_(NEG_INF).amax(dim=1)
     return torch.stack([positive > hardest, positive, hardest]).mean(dim=1).float()

@@ -7,9 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from tileloss.similarity import up, up_dtype
-
-NORM_FLOOR = 1e-12  # the clamp of torch.nn.functional.normalize
+from tileloss.similarity import NORM_FLOOR, up, up_dtype
 
 
 class Rows:
