@@ -1,8 +1,9 @@
-"""Who is measured: tileloss by backend, plain PyTorch, torch.compile of it, sentence-transformers, and the floor.
+"""Who is measured: tileloss by backend, plain PyTorch, torch.compile of it, the libraries next door, and the floor.
 
 A contestant turns a workload into a function of the embedding columns; from then on all of them are measured the same
 way. The floor is no contestant but a bound: the three matrix products that no exact method without shortcuts avoids
-(the similarities, and each side's gradient), as plain `torch.mm` into buffers that already exist.
+(the similarities, and each side's gradient), as plain `torch.mm` into buffers that already exist. On a CPU where
+another library multiplies faster than `torch.mm`, tileloss can fall below it.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ class Contestant:
 
 def floor_steps(case: Case, embeddings: Sequence[Tensor]) -> Steps:
     """One product of (B, D) with (D, M) forward; that and the two of the gradients forward and backward."""
-    queries, docs = embeddings[0].detach(), torch.cat([column.detach() for column in embeddings[1:]])
+    queries = embeddings[0].detach()
+    docs = torch.cat([column.detach() for column in embeddings[1:] or embeddings])
     rows = max(1, min(case.batch, _FLOOR_ELEMENTS // case.docs))
     products = queries.new_empty(rows, case.docs)
     query_gradient, doc_gradient = torch.empty_like(queries), torch.empty_like(docs)
@@ -84,7 +86,7 @@ def floor_steps(case: Case, embeddings: Sequence[Tensor]) -> Steps:
 
 def _tileloss(workload: Workload) -> Loss:
     loss = getattr(tileloss.losses, workload.loss)(nn.Identity(), **workload.options)
-    return lambda columns: loss.compute_loss_from_embeddings(columns)
+    return lambda columns: loss.compute_loss_from_embeddings(columns, workload.labels(columns[0]))
 
 
 def _tileloss_on(backend: str) -> Callable[[Workload], Loss]:
@@ -114,10 +116,34 @@ def _sentence_transformers(workload: Workload) -> Loss:
     from sentence_transformers.sentence_transformer import losses
 
     loss = getattr(losses, workload.loss)(nn.Identity(), **workload.options)
-    return lambda columns: loss.compute_loss_from_embeddings(columns, None)
+    return lambda columns: loss.compute_loss_from_embeddings(columns, workload.labels(columns[0]))
+
+
+def _metric_learning(workload: Workload) -> Loss:
+    """pytorch-metric-learning, where it defines a loss as sentence-transformers does: margin 5, Euclidean distance."""
+    from pytorch_metric_learning.distances import LpDistance
+    from pytorch_metric_learning.losses import TripletMarginLoss
+    from pytorch_metric_learning.miners import BatchHardMiner
+    from pytorch_metric_learning.reducers import AvgNonZeroReducer, MeanReducer
+
+    distance = LpDistance(normalize_embeddings=False)
+    if workload.loss == "BatchAllTripletLoss":
+        miner, reducer = None, AvgNonZeroReducer()
+    elif workload.loss == "BatchHardTripletLoss":
+        miner, reducer = BatchHardMiner(distance=distance), MeanReducer()
+    else:
+        raise NotImplementedError(f"pytorch-metric-learning has no {workload.loss} of the same definition")
+    loss = TripletMarginLoss(margin=5.0, distance=distance, reducer=reducer, triplets_per_anchor="all")
+
+    def run(columns: list[Tensor]) -> Tensor:
+        labels = workload.labels(columns[0])
+        return loss(columns[0], labels, miner(columns[0], labels) if miner else None)
+
+    return run
 
 
 TILELOSS, REFERENCE, SENTENCE_TRANSFORMERS = "tileloss", "tileloss-reference", "sentence-transformers"
+METRIC_LEARNING = "pytorch-metric-learning"
 
 CONTESTANTS = {
     contestant.name: contestant
@@ -129,5 +155,6 @@ CONTESTANTS = {
         Contestant("pytorch", _plain, materialises=True),
         Contestant("torch.compile", _compiled, materialises=True),
         Contestant(SENTENCE_TRANSFORMERS, _sentence_transformers, materialises=True),
+        Contestant(METRIC_LEARNING, _metric_learning, materialises=True),
     )
 }

@@ -19,8 +19,6 @@ from tileloss.bench.contestants import CONTESTANTS, FLOOR, Steps, floor_steps
 from tileloss.bench.measure import Memory, MemoryProcess, available_memory, describe, time_in_turns
 from tileloss.bench.workloads import DTYPES, WORKLOADS, Case
 
-# a materialised form keeps several B x M matrices: logits, scaled logits, probabilities, gradient; used until measured
-_GUESSED_MATRICES = 5
 # to plan by: how many steps one memory takes, how long forward takes beside forward and backward, and how much of the
 # time limit may go into measuring memory
 _MEMORY_STEPS, _FORWARD_SHARE, _MEMORY_SHARE = 3, 0.5, 0.6
@@ -115,8 +113,8 @@ def _measure_memory(name: str, results: Results, limits: Limits, share: float, p
 
 def _obstacle(name: str, case: Case, before: tuple[Case, Memory] | None, limits: Limits, share: float) -> str | None:
     """Why not to try this case, by what the next smaller one on the curve needed; None: try it."""
-    similarities = case.batch * case.docs
-    needed = _GUESSED_MATRICES * similarities * DTYPES[case.dtype].itemsize if CONTESTANTS[name].materialises else 0
+    matrix = case.batch * case.docs * DTYPES[case.dtype].itemsize
+    needed = WORKLOADS[case.workload].matrices * matrix if CONTESTANTS[name].materialises else 0
     if before is not None:
         smaller, memory = before
         if memory.missing is not None:

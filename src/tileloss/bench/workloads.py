@@ -7,6 +7,7 @@ hand-written PyTorch version costs.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,6 +48,8 @@ class Workload:
         loss: the class's name, in `tileloss.losses` as in sentence-transformers.
         options: the constructor's keyword arguments besides the model.
         columns: how many (B, D) embedding matrices the loss takes: queries, positives, then hard negatives.
+        per_class: how many rows carry each label, for losses of one column and labels; None for those without.
+        matrices: how many B x M matrices a materialised form holds at once: a guess, used until it is measured.
         plain: the same loss in a few lines of PyTorch, a function of the columns; None where nobody wrote one.
     """
 
@@ -55,7 +58,18 @@ class Workload:
     loss: str = "MultipleNegativesRankingLoss"
     options: Mapping[str, Any] = field(default_factory=dict)
     columns: int = 2
+    per_class: int | None = None
+    matrices: int = 5
     plain: Callable[[Sequence[Tensor]], Tensor] | None = None
+
+    def labels(self, embeddings: Tensor) -> Tensor | None:
+        """Labels (B,) for embeddings (B, D), the classes in turn; None for a loss without labels."""
+        return None if self.per_class is None else _labels(len(embeddings), self.per_class, embeddings.device)
+
+
+@functools.cache
+def _labels(batch: int, per_class: int, device: torch.device) -> Tensor:
+    return torch.arange(batch, device=device) % max(batch // per_class, 1)
 
 
 WORKLOADS = {
@@ -82,6 +96,40 @@ WORKLOADS = {
             plain=_both_ways,
         ),
         Workload("hard_negatives", "in-batch and four hard negatives", columns=6, plain=_in_batch),
+        Workload(
+            "batch_all", "all triplets, 8 of each class", "BatchAllTripletLoss", columns=1, per_class=8, matrices=48
+        ),
+        Workload(
+            "batch_all_large_classes",
+            "all triplets, 128 of each class",
+            "BatchAllTripletLoss",
+            columns=1,
+            per_class=128,
+            matrices=640,
+        ),
+        Workload(
+            "batch_hard",
+            "hardest triplets, 8 of each class",
+            "BatchHardTripletLoss",
+            columns=1,
+            per_class=8,
+            matrices=9,
+        ),
+        Workload(
+            "semi_hard",
+            "semi-hard triplets, 8 of each class",
+            "BatchSemiHardTripletLoss",
+            columns=1,
+            per_class=8,
+            matrices=18,
+        ),
+        Workload(
+            "mega_batch",
+            "mega-batch margin",
+            "MegaBatchMarginLoss",
+            options={"use_mini_batched_version": False},
+            matrices=3,
+        ),
     )
 }
 
@@ -98,8 +146,8 @@ class Case:
 
     @property
     def docs(self) -> int:
-        """How many documents a query meets: M = (columns - 1) * B."""
-        return (WORKLOADS[self.workload].columns - 1) * self.batch
+        """How many rows a row is compared with: M = (columns - 1) * B documents, or the B rows of one column."""
+        return max(WORKLOADS[self.workload].columns - 1, 1) * self.batch
 
     @property
     def group(self) -> tuple[str, int, str, str]:
