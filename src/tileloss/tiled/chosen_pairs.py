@@ -42,6 +42,15 @@ def pull_pairs(
         _collect(weights.to(d_right.dtype), partners, left.to(d_right.dtype), right, d_right, norms)
 
 
+def by_partner(
+    partners: Tensor,  # (B, k) int64
+    count: int,
+) -> tuple[Tensor, Tensor]:
+    """The places (B * k,) of all pairs, row by row, sorted by partner, and where those of each of `count` begin."""
+    partner, pairs = torch.sort(partners.flatten(), stable=True)
+    return pairs, torch.searchsorted(partner, torch.arange(count + 1, device=partner.device))
+
+
 def _gather(weights: Tensor, partners: Tensor, left: Tensor, right: Tensor, d_left: Tensor, norms: bool) -> None:
     for start in range(0, len(d_left), _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
@@ -52,10 +61,9 @@ def _gather(weights: Tensor, partners: Tensor, left: Tensor, right: Tensor, d_le
 
 
 def _collect(weights: Tensor, partners: Tensor, left: Tensor, right: Tensor, d_right: Tensor, norms: bool) -> None:
-    by_partner, pairs = torch.sort(partners.flatten(), stable=True)
+    pairs, bounds = by_partner(partners, len(d_right))
     weights = weights.flatten()[pairs]
     sources = pairs // partners.shape[1]
-    bounds = torch.searchsorted(by_partner, torch.arange(len(d_right) + 1, device=d_right.device))
     for rows, members in _runs(bounds):
         first = bounds[rows] - bounds[rows.start]
         d_right[rows].add_(
