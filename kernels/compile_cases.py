@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+from tileloss.kernels.chosen_pairs import pull_pairs
+from tileloss.kernels.hardest import TritonHardest
 from tileloss.kernels.launch import Launch, recorded
 from tileloss.kernels.passes import TritonPasses
 from tileloss.spec import ContrastiveSpec
@@ -56,7 +58,7 @@ def record_cases(gpu: Gpu) -> Iterator[tuple[str, Launch]]:
 
     The name of a case says "default" where all configurations of a kernel are to be compiled, not the first one alone.
     """
-    for primitive in (contrastive_cases,):
+    for primitive in (contrastive_cases, hardest_cases):
         yield from primitive(gpu)
 
 
@@ -103,3 +105,21 @@ def call_contrastive_passes(feature: Feature, dtype: torch.dtype) -> None:
         right = unit_queries if direction == "query_to_query" else unit_docs
         normaliser, _ = passes.fused_normalisers(tile, unit_queries, right)
         passes.gradient(tile, torch.empty(SIZE, columns, device="meta"), normaliser, normaliser)
+
+
+def hardest_cases(gpu: Gpu) -> Iterator[tuple[str, Launch]]:
+    """The passes of the hardest-negative primitive, and chosen pairs with the norms' part as distances want it."""
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        queries, docs = (torch.empty(rows, WIDTH, dtype=dtype, device="meta") for rows in (SIZE, DOCS))
+        weights = torch.empty(SIZE, 2, device="meta")
+        partners = torch.empty(SIZE, 2, dtype=torch.int64, device="meta")
+        sums = [torch.empty(x.shape, device="meta") for x in (queries, docs)]
+        with recorded(gpu.shared_memory) as launches:
+            passes = TritonHardest(queries, docs)
+            row = torch.empty(SIZE, device="meta")
+            passes.row_maxima(torch.empty(SIZE, DOCS, device="meta"), 0, row, partners[:, 0].contiguous(), row)
+            passes.pull_pairs(weights, partners, queries, docs, *sums)
+        yield from ((f"{name}, default", found) for found in launches)
+        with recorded(gpu.shared_memory) as launches:
+            pull_pairs(weights, partners, queries, docs, *sums, norms=True)
+        yield from ((f"{name}, norms", found) for found in launches)

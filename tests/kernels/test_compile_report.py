@@ -22,6 +22,9 @@ def test_every_kernel_is_in_it(gpu: str) -> None:
         "known_normalisers_bwd_kernel",
         "normalisers_fwd_kernel",
         "normalisers_merge_kernel",
+        "hardest_fwd_kernel",
+        "chosen_pairs_gather_bwd_kernel",
+        "chosen_pairs_collect_bwd_kernel",
     }
     for kernel in {job.kernel for job in jobs}:
         assert any(job.is_default for job in jobs if job.kernel == kernel)
