@@ -1,5 +1,6 @@
 """The public differentiable functions, one file per primitive."""
 
 from tileloss.functional.contrastive import ContrastiveStats, contrastive_loss, contrastive_loss_with_stats
+from tileloss.functional.hardest import HardestNegatives, hardest_negatives
 
-__all__ = ["ContrastiveStats", "contrastive_loss", "contrastive_loss_with_stats"]
+__all__ = ["ContrastiveStats", "HardestNegatives", "contrastive_loss", "contrastive_loss_with_stats", "hardest_negatives"]
