@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,10 @@ from tileloss.losses.columns import embed_columns
 
 logger = logging.getLogger(__name__)
 
-# similarities, scaled logits, their softmax and its gradient are alive together in the materialised form
+# similarities, scaled logits, their softmax and its gradient are alive together in the materialised form; of triplets,
+# the differences, what is left of them above zero, and the gradients of both
 MATERIALISED_MATRICES = 4
+EVERY_TRIPLET = ("BatchAllTripletLoss", "BatchSemiHardTripletLoss")
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,19 @@ def _peak(step: Callable[[], None], device: torch.device) -> int | None:
         return None
 
 
+def _entries(leaves: Sequence[Tensor]) -> int:
+    """Entries of the matrix of the first column by all others."""
+    return len(leaves[0]) * sum(map(len, leaves[1:]))
+
+
+def _mined_entries(loss: Any, labels: Tensor | None) -> int:
+    """Entries of the largest array that a mined loss would hold: distances, or a distance for every triplet."""
+    counts = cast(Tensor, labels).unique(return_counts=True)[1]
+    size = int(counts.sum())
+    pairs = int((counts * (counts - 1)).sum())
+    return pairs * size if type(loss).__name__ in EVERY_TRIPLET else size * size
+
+
 def compare_with_materialised(
     loss: Any, features: Sequence[dict[str, Any]], labels: Tensor | None = None, *, rounds: int = 5
 ) -> dict[str, StepCost]:
@@ -70,12 +85,14 @@ def compare_with_materialised(
     the matrices would not fit into free memory, "materialised" is left out, and that is logged.
 
     Args:
-        loss: a loss of `tileloss.losses`; it needs `model` and `compute_loss_from_embeddings`.
+        loss: a loss of `tileloss.losses` that has `compute_loss_from_embeddings`.
         features: the feature dicts of the batch, on the device of the model.
         labels: as the loss takes them.
         rounds: turns of each, at least.
     """
-    leaves = _leaves(loss.model, features)
+    # the mined losses name their model as sentence-transformers' do, and embed the first column only
+    mined = hasattr(loss, "sentence_embedder")
+    leaves = _leaves(loss.sentence_embedder, features[:1]) if mined else _leaves(loss.model, features)
     device = leaves[0].device
 
     def clear() -> None:
@@ -93,7 +110,7 @@ def compare_with_materialised(
         return step
 
     steps = {"tileloss": step_on(requested())}
-    needed = 4 * MATERIALISED_MATRICES * len(leaves[0]) * sum(map(len, leaves[1:]))
+    needed = 4 * MATERIALISED_MATRICES * (_mined_entries(loss, labels) if mined else _entries(leaves))
     free = available_memory(device.type)
     if free is not None and needed > free:
         logger.warning(

@@ -241,6 +241,26 @@ def is_held_out(module: str, fraction: float) -> bool:
     return int.from_bytes(digest) < fraction * 2**64
 
 
+def find_pairs(folders: Sequence[Path] | None = None, *, workers: int = 1, progress: bool = False) -> list[Pair]:
+    """The documented functions of every Python file below `folders`, each once; counts are logged.
+
+    Arguments, order, cost and errors are those of `builtin_corpus`.
+    """
+    folders = installed_folders() if folders is None else [Path(folder) for folder in folders]
+    if missing := [str(folder) for folder in folders if not folder.is_dir()]:
+        raise InputError(f"Not a folder: {', '.join(missing)}.")
+    files = source_files(folders)
+    results = _read_all(files, workers, progress)
+    if unreadable := sum(result is None for result in results):
+        logger.warning("%d of %d files could not be decoded or parsed, and were left out.", unreadable, len(files))
+    found = [pair for result in results for pair in result or ()]
+    pairs = unique_pairs(found)
+    logger.info(
+        "%d files, %d documented functions, %d after duplicates are dropped.", len(files), len(found), len(pairs)
+    )
+    return pairs
+
+
 def builtin_corpus(
     folders: Sequence[Path] | None = None,
     *,
@@ -270,25 +290,14 @@ def builtin_corpus(
 
     if not 0 < held_out < 1:
         raise InputError(f"held_out is the share of modules to hold out, between 0 and 1, got {held_out}.")
-    folders = installed_folders() if folders is None else [Path(folder) for folder in folders]
-    if missing := [str(folder) for folder in folders if not folder.is_dir()]:
-        raise InputError(f"Not a folder: {', '.join(missing)}.")
-    files = source_files(folders)
-    results = _read_all(files, workers, progress)
-    if unreadable := sum(result is None for result in results):
-        logger.warning("%d of %d files could not be decoded or parsed, and were left out.", unreadable, len(files))
-    found = [pair for result in results for pair in result or ()]
-    pairs = unique_pairs(found)
-    logger.info(
-        "%d files, %d documented functions, %d after duplicates are dropped.", len(files), len(found), len(pairs)
-    )
+    pairs = find_pairs(folders, workers=workers, progress=progress)
     parts: dict[str, list[Pair]] = {"train": [], "test": []}
     for pair in pairs:
         parts["test" if is_held_out(pair.module, held_out) else "train"].append(pair)
     if empty := [name for name, part in parts.items() if not part]:
         raise InputError(
-            f"No documented function for the {' and the '.join(empty)} part in {len(files)} Python files below "
-            f"{', '.join(map(str, folders))}. Give folders with more modules, or another held_out than {held_out}."
+            f"No documented function for the {' and the '.join(empty)} part: {len(pairs)} were found in all. "
+            f"Give folders with more modules, or another held_out than {held_out}."
         )
     return DatasetDict(
         {

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +19,11 @@ from tileloss.errors import InputError
 from tileloss.similarity import SIMILARITIES
 
 STATIC = "static"
+# those that mine triplets among the labelled texts of one column
+LABELLED_LOSSES = (
+    "BatchAllTripletLoss", "BatchHardTripletLoss", "BatchHardSoftMarginTripletLoss", "BatchSemiHardTripletLoss",
+)  # fmt: skip
+DISTANCES = ("euclidean", "cosine")
 
 
 @dataclass
@@ -26,9 +33,9 @@ class TrainJob:
     data: str = field(
         default=BUILTIN,
         metadata={
-            "help": "'builtin' (functions installed with this Python and their docstrings), a .json, .jsonl, .csv, "
-            ".tsv or .parquet file, the folder of a saved dataset, or a dataset on the hub; its columns are anchor, "
-            "positive and any negatives"
+            "help": "'builtin' (functions installed with this Python and their docstrings, or the packages that they "
+            "are from as labels), a .json, .jsonl, .csv, .tsv or .parquet file, the folder of a saved dataset, or a "
+            "dataset on the hub; its columns are anchor, positive and any negatives, or one text and 'label'"
         },
     )
     text_columns: list[str] | None = field(
@@ -37,7 +44,22 @@ class TrainJob:
     held_out: float = field(
         default=0.1, metadata={"help": "share of the data to evaluate on, where it has no test split"}
     )
-    loss: str = field(default="MultipleNegativesRankingLoss", metadata={"help": "a class of tileloss.losses"})
+    loss: str = field(
+        default="multiple_negatives_ranking",
+        metadata={
+            "help": "for pairs multiple_negatives_ranking, for texts with labels batch_all, batch_hard, "
+            "batch_hard_soft_margin or batch_semi_hard; or the name of any class of tileloss.losses"
+        },
+    )
+    margin: float | None = field(
+        default=None, metadata={"help": "how much farther a negative should be than a positive [the loss's own]"}
+    )
+    distance: str | None = field(
+        default=None, metadata={"help": f"distance of the labelled losses: {' or '.join(DISTANCES)} [euclidean]"}
+    )
+    per_label: int = field(
+        default=8, metadata={"help": "texts of one label that the labelled losses get together, an even number"}
+    )
     loss_options: str = field(
         default="{}",
         metadata={"help": """arguments of the loss as JSON, such as '{"scale": 30, "similarity_fct": "dot"}'"""},
@@ -61,23 +83,31 @@ class TrainJob:
         default=True, metadata={"help": "also measure a step of the loss with the whole matrix of similarities"}
     )
 
+    @property
+    def labelled(self) -> bool:
+        """Whether the loss learns from labels."""
+        return loss_class(self.loss) in LABELLED_LOSSES
+
 
 @dataclass
 class TrainArguments(TrainingArguments):
-    """The Trainer's arguments, with defaults that suit in-batch negatives."""
+    """The Trainer's arguments, with defaults that suit large batches."""
 
     output_dir: str = field(default="runs/demo", metadata={"help": "folder for the model, its curves and its figures"})
     per_device_train_batch_size: int | None = field(
-        default=None, metadata={"help": "pairs per step and device [static: 4096, others: 64]"}
+        default=None,
+        metadata={"help": "pairs or labelled texts per step and device [static: 4096 or 2048, others: 64]"},
     )
     per_device_eval_batch_size: int | None = field(
         default=None, metadata={"help": "texts embedded at once in evaluation [static: 1024, others: 64]"}
     )
     learning_rate: float | None = field(
-        default=None, metadata={"help": "highest learning rate [static: 0.2, others: 2e-5]"}
+        default=None,
+        metadata={"help": "highest learning rate [static: 0.2, others: 2e-5]"},
     )
     num_train_epochs: float | None = field(
-        default=None, metadata={"help": "passes over the training part [static: 6, others: 1]"}
+        default=None,
+        metadata={"help": "passes over the training part [static: 6, or with labels 15; others: 1]"},
     )
     warmup_steps: float = field(default=0.1, metadata={"help": "steps of warm-up, or their share of all if below 1"})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "how the learning rate falls"})
@@ -90,13 +120,13 @@ class TrainArguments(TrainingArguments):
     dataloader_pin_memory: bool = field(default=True, metadata={"help": "pin memory where an accelerator is there"})
     report_to: str = field(default="none", metadata={"help": "trackers to report to, such as tensorboard"})
 
-    def fill(self, static: bool) -> None:
-        """Give what was left open its default for a static model, or for a transformers model."""
+    def fill(self, static: bool, labelled: bool = False) -> None:
+        """Give what was left open its default for a static model, on pairs or labels, or for a transformers model."""
         defaults = {
-            "per_device_train_batch_size": (4096, 64),
+            "per_device_train_batch_size": (2048 if labelled else 4096, 64),
             "per_device_eval_batch_size": (1024, 64),
             "learning_rate": (0.2, 2e-5),
-            "num_train_epochs": (6, 1),
+            "num_train_epochs": (15 if labelled else 6, 1),
         }
         for name, (for_static, for_others) in defaults.items():
             if getattr(self, name) is None:
@@ -105,16 +135,38 @@ class TrainArguments(TrainingArguments):
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
 
 
-def make_loss(name: str, options: str, model: nn.Module) -> nn.Module:
-    """The loss called `name` in `tileloss.losses`, around `model`, with the arguments in the JSON object `options`.
+def loss_names() -> dict[str, str]:
+    """The class of every loss by its short name: "batch_hard" for BatchHardTripletLoss."""
+    classes = [name for name in losses.__all__ if issubclass(getattr(losses, name), nn.Module)]
+    bare = [re.sub("(?<=.)(Triplet)?Loss$", "", name) for name in classes]
+    return {re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower(): full for name, full in zip(bare, classes, strict=True)}
 
-    Similarities are given by name ("cosine", "dot", "euclidean", "manhattan").
+
+def loss_class(name: str) -> str:
+    """The name of the class in `tileloss.losses` that `name` is, or is short for.
 
     Raises:
-        InputError: for an unknown loss or argument, or options that are no JSON object.
+        InputError: when there is none.
     """
-    if name not in losses.__all__:
-        raise InputError(f"--loss {name}: there is no such loss. There are: {', '.join(losses.__all__)}.")
+    known = loss_names()
+    if name not in {*known, *known.values()}:
+        listing = ", ".join(f"{short} ({full})" for short, full in known.items())
+        raise InputError(f"--loss {name}: there is no such loss. There are: {listing}.")
+    return known.get(name, name)
+
+
+def make_loss(
+    name: str, options: str, model: nn.Module, *, margin: float | None = None, distance: str | None = None
+) -> nn.Module:
+    """The loss called `name`, around `model`, with the arguments in the JSON object `options`.
+
+    Similarities are given by name ("cosine", "dot", "euclidean", "manhattan"), and so are the distances of losses that
+    learn from labels ("euclidean", "cosine"). `margin` and `distance` are arguments too, where they are not None.
+
+    Raises:
+        InputError: for an unknown loss or argument, one that is given twice, or options that are no JSON object.
+    """
+    name = loss_class(name)
     try:
         arguments = json.loads(options)
     except json.JSONDecodeError as error:
@@ -125,13 +177,31 @@ def make_loss(name: str, options: str, model: nn.Module) -> nn.Module:
     known = [parameter for parameter in inspect.signature(kind).parameters if parameter != "model"]
     if unknown := sorted(set(arguments) - set(known)):
         raise InputError(f"--loss_options: {name} has no argument {unknown[0]!r}. It has: {', '.join(known)}.")
+    for option, argument, value in (("margin", "margin", margin), ("distance", "distance_metric", distance)):
+        if value is None:
+            continue
+        if argument not in known:
+            raise InputError(f"--{option} {value}: {name} has no argument {argument!r}. It has: {', '.join(known)}.")
+        if argument in arguments:
+            raise InputError(f"{argument!r} is given twice, as --{option} and in --loss_options; leave one out.")
+        arguments[argument] = value
+    return kind(model, **(arguments | _named_functions(name, arguments)))
+
+
+def _named_functions(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The functions for those arguments of the loss that name one."""
+    functions = {}
     if isinstance(similarity := arguments.get("similarity_fct"), str):
         if similarity not in SIMILARITIES:
             raise InputError(
                 f"--loss_options: similarity_fct must be one of {list(SIMILARITIES)}, got {similarity!r}."
             )
-        arguments["similarity_fct"] = SIMILARITIES[similarity]
-    return kind(model, **arguments)
+        functions["similarity_fct"] = SIMILARITIES[similarity]
+    if name in LABELLED_LOSSES and (distance := arguments.get("distance_metric")) is not None:
+        if distance not in DISTANCES:
+            raise InputError(f"--distance must be {' or '.join(DISTANCES)}, got {distance!r}.")
+        functions["distance_metric"] = getattr(losses.BatchHardTripletLossDistanceFunction, f"{distance}_distance")
+    return functions
 
 
 def make_encoder(job: TrainJob, data: TrainingData, checkpoint: str | None) -> Encoder:

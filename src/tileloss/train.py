@@ -1,9 +1,10 @@
-"""`tileloss train`: train an embedding model with in-batch negatives, and show what it learned and how fast.
+"""`tileloss train`: train an embedding model on pairs or on labelled texts, and show what it learned and how fast.
 
-Problem: whether a loss is worth having shows only in a whole run. Method: one command reads pairs (by default the
-Python code installed here), makes an encoder (by default a static one, learned from nothing), trains it with any loss
-of `tileloss.losses`, evaluates search over held-out pairs before, during and after, and leaves the model, its curves
-and its figures in a folder. Trade-off: the defaults suit that first run; every argument of the Trainer can be set.
+Problem: whether a loss is worth having shows only in a whole run. Method: one command reads pairs, or labelled texts
+where the loss learns from labels (by default the Python code installed here), makes an encoder (by default a static
+one, learned from nothing), trains it with any loss of `tileloss.losses`, evaluates on held-out texts before, during
+and after, and leaves the model, its curves and its figures in a folder. Trade-off: the defaults suit that first run;
+every argument of the Trainer can be set.
 """
 
 from __future__ import annotations
@@ -26,28 +27,33 @@ from transformers import HfArgumentParser
 import tileloss
 from tileloss.backend import explain
 from tileloss.compare import StepCost, compare_with_materialised
-from tileloss.data import load_data
+from tileloss.data import Labelled, TrainingData, find_class_column, load_data
 from tileloss.encoder import StaticEncoder
 from tileloss.errors import InputError
 from tileloss.job import TrainArguments, TrainJob, make_encoder, make_loss
-from tileloss.plots import plot_loss, plot_recall
+from tileloss.plots import plot_label_accuracy, plot_loss, plot_recall
+from tileloss.sampling import check_layout
 from tileloss.trainer import EmbeddingTrainer
 
 METRICS = ("recall@1", "recall@10", "mrr@10")
+LABEL_METRICS = ("accuracy@1", "map@r")
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[TrainJob, TrainArguments]:
     """The job and the Trainer's arguments on a command line; wrong ones end the process with status 2.
 
     Raises:
-        InputError: for an unknown loss, wrong loss options, or a checkpoint that is not there.
+        InputError: for an unknown loss, wrong loss options, a batch that cannot hold two texts of two labels, or a
+            checkpoint that is not there.
     """
     parser = HfArgumentParser((TrainJob, TrainArguments), prog="tileloss train", description=__doc__)
     job, args, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     # what is wrong is said before minutes of work
-    make_loss(job.loss, job.loss_options, nn.Identity())
+    make_loss(job.loss, job.loss_options, nn.Identity(), margin=job.margin, distance=job.distance)
+    if job.labelled and args.per_device_train_batch_size is not None:
+        check_layout(args.per_device_train_batch_size, job.per_label)
     if args.resume_from_checkpoint and not Path(args.resume_from_checkpoint).is_dir():
         raise InputError(f"--resume_from_checkpoint {args.resume_from_checkpoint!r} is no folder.")
     return job, args
@@ -72,18 +78,25 @@ def run(job: TrainJob, args: TrainArguments) -> dict[str, Any]:
         InputError: for data, a model or a loss that cannot be used; see `load_data`, `make_encoder` and `make_loss`.
     """
     transformers.set_seed(args.seed)
-    data = load_data(job.data, text_columns=job.text_columns, held_out=job.held_out, workers=_workers(), progress=True)
-    print(f"{len(data.train):,} pairs to learn from, {len(data.held_out):,} held out ({', '.join(data.text_columns)})")
+    data = load_data(
+        job.data, text_columns=job.text_columns, held_out=job.held_out, labelled=job.labelled, workers=_workers(),
+        progress=True,
+    )  # fmt: skip
+    unit, names = ("texts", LABEL_METRICS) if job.labelled else ("pairs", METRICS)
+    print(_contents(data, unit))
     encoder = make_encoder(job, data, args.resume_from_checkpoint)
-    args.fill(static=isinstance(encoder, StaticEncoder))
-    loss = make_loss(job.loss, job.loss_options, encoder)
-    trainer = EmbeddingTrainer(encoder, args, loss, data.train, data.held_out, text_columns=data.text_columns)
+    args.fill(static=isinstance(encoder, StaticEncoder), labelled=job.labelled)
+    loss = make_loss(job.loss, job.loss_options, encoder, margin=job.margin, distance=job.distance)
+    trainer = EmbeddingTrainer(
+        encoder, args, loss, data.train, data.held_out, text_columns=data.text_columns,
+        labelled=Labelled(job.per_label, data.group_column) if job.labelled else None,
+    )  # fmt: skip
     parameters = sum(parameter.numel() for parameter in loss.parameters() if parameter.requires_grad)
-    print(f"{type(encoder).__name__} of {parameters:,} parameters on {args.device}, {job.loss}")
+    print(f"{type(encoder).__name__} of {parameters:,} parameters on {args.device}, {type(loss).__name__}")
     print(explain(torch.empty(args.train_batch_size, encoder.get_embedding_dimension(), device=args.device)))
 
     before = trainer.evaluate()
-    print("before training: " + ", ".join(f"{name} {before[f'eval_{name}']:.3f}" for name in METRICS))
+    print("before training: " + ", ".join(f"{name} {before[f'eval_{name}']:.3f}" for name in names))
     trained = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
     # evaluation is not what is measured
     seconds = trained["train_runtime"] - sum(record.get("eval_runtime", 0) for record in trainer.state.log_history)
@@ -93,14 +106,14 @@ def run(job: TrainJob, args: TrainArguments) -> dict[str, Any]:
     trainer.save_model(str(folder / "model"))
     costs = _compare(trainer) if job.compare_materialised and trainer.is_world_process_zero() else {}
     figures = {
-        "before": {name: before[f"eval_{name}"] for name in METRICS},
-        "after": {name: after[f"eval_{name}"] for name in METRICS},
+        "before": {name: before[f"eval_{name}"] for name in names},
+        "after": {name: after[f"eval_{name}"] for name in names},
         "steps": trainer.state.global_step,
-        "pairs_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        f"{unit}_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "train_seconds": seconds,
-        "pairs_per_second": trained["train_samples_per_second"] * trained["train_runtime"] / seconds,
-        "train_pairs": len(data.train),
-        "held_out_pairs": len(data.held_out),
+        f"{unit}_per_second": trained["train_samples_per_second"] * trained["train_runtime"] / seconds,
+        f"train_{unit}": len(data.train),
+        f"held_out_{unit}": len(data.held_out),
         "loss_step": {name: asdict(cost) for name, cost in costs.items()},
         "job": asdict(job),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -112,15 +125,28 @@ def run(job: TrainJob, args: TrainArguments) -> dict[str, Any]:
     }  # fmt: skip
     if trainer.is_world_process_zero():
         (folder / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n")
-        plot_loss(history, folder / "loss.png", job.loss)
-        plot_recall(history, folder / "recall.png", int(after["eval_candidates"]))
-        print(_summary(figures, folder))
+        plot_loss(history, folder / "loss.png", type(loss).__name__)
+        plot, picture = (plot_label_accuracy, "accuracy.png") if job.labelled else (plot_recall, "recall.png")
+        plot(history, folder / picture, int(after["eval_candidates"]))
+        print(_summary(figures, folder, unit))
     return figures
 
 
 def _workers() -> int:
     """Processes to read with: one per core that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _contents(data: TrainingData, unit: str) -> str:
+    """How much there is to learn from, and what is held out how."""
+    line = (
+        f"{len(data.train):,} {unit} to learn from, {len(data.held_out):,} held out ({', '.join(data.text_columns)})"
+    )
+    if unit == "texts":
+        line += f", {len(set(data.train[find_class_column(data.train)])):,} labels"
+    if data.group_column is not None:
+        line += f"; neighbours are looked for in another {data.group_column}"
+    return line
 
 
 def _compare(trainer: EmbeddingTrainer) -> dict[str, StepCost]:
@@ -130,7 +156,8 @@ def _compare(trainer: EmbeddingTrainer) -> dict[str, StepCost]:
         return {}
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     costs = compare_with_materialised(trainer.loss, batch["features"], batch.get("labels"))
-    print(f"One step of the loss, forward and backward, on the embeddings of {trainer.args.train_batch_size:,} pairs:")
+    unit = "pairs" if trainer.labelled is None else "texts"
+    print(f"One step of the loss, forward and backward, on embeddings of {trainer.args.train_batch_size:,} {unit}:")
     for name, cost in costs.items():
         print(f"  {name:<12} {cost}")
     ours, materialised = costs["tileloss"], costs.get("materialised")
@@ -142,12 +169,13 @@ def _compare(trainer: EmbeddingTrainer) -> dict[str, StepCost]:
     return costs
 
 
-def _summary(figures: dict[str, Any], folder: Path) -> str:
+def _summary(figures: dict[str, Any], folder: Path, unit: str) -> str:
     """The last line: what was learned, how fast, and where it is."""
-    before, after = figures["before"]["recall@10"], figures["after"]["recall@10"]
+    name = "recall@10" if unit == "pairs" else "accuracy@1"
+    before, after = figures["before"][name], figures["after"][name]
     times = f" ({after / before:.1f} times)" if before else ""
     return (
-        f"recall@10 {before:.3f} -> {after:.3f}{times} on {figures['held_out_pairs']:,} held-out pairs, after "
-        f"{figures['steps']:,} steps of {figures['pairs_per_step']:,} pairs in {figures['train_seconds']:.0f} s "
-        f"({figures['pairs_per_second']:,.0f} pairs/s); model in {folder / 'model'}"
+        f"{name} {before:.3f} -> {after:.3f}{times} on {figures[f'held_out_{unit}']:,} held-out {unit}, after "
+        f"{figures['steps']:,} steps of {figures[f'{unit}_per_step']:,} {unit} in {figures['train_seconds']:.0f} s "
+        f"({figures[f'{unit}_per_second']:,.0f} {unit}/s); model in {folder / 'model'}"
     )

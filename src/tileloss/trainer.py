@@ -2,9 +2,10 @@
 
 Problem: the Trainer expects a model that returns its own loss; an embedding loss instead wants every text column
 embedded by the model, the whole batch at once. Method: a collator that tokenises each text column into a feature dict,
-a `compute_loss` that hands them to the loss, and an `evaluate` that measures retrieval. Everything else (devices,
-mixed precision, accumulation, schedules, logging, checkpoints) is the Trainer's. Trade-off: gradient accumulation
-averages the losses of small batches; it does not make the batch larger, which is what in-batch negatives live on.
+a `compute_loss` that hands them to the loss, and an `evaluate` that measures retrieval, or for labelled texts whether
+neighbours share their label; those are also drawn label by label. Everything else (devices, mixed precision,
+accumulation, schedules, logging, checkpoints) is the Trainer's. Trade-off: gradient accumulation averages the losses
+of small batches; it does not make the batch larger, which is what in-batch negatives live on.
 """
 
 from __future__ import annotations
@@ -18,16 +19,19 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
-from tileloss.data import find_label_column, find_text_columns
+from tileloss.data import Labelled, find_class_column, find_label_column, find_text_columns
 from tileloss.encoder import Features, embed_texts
 from tileloss.errors import InputError
-from tileloss.evaluation import RetrievalTask, retrieval_metrics, retrieval_ranks
+from tileloss.evaluation import LabelTask, RetrievalTask, label_metrics, retrieval_metrics, retrieval_ranks
+from tileloss.sampling import LabelGroupedSampler
 from tileloss.similarity import SIMILARITIES, cos_sim, recognise
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 LOSS_FILE = "loss.safetensors"
+# the similarity that ranks as a `distance_metric` of the mined losses does, by the name of that function
+DISTANCES = {"cosine_distance": "cosine", "euclidean_distance": "euclidean", "eucledian_distance": "euclidean"}
 Preprocess = Callable[[list[str]], Features]
 
 
@@ -77,6 +81,8 @@ class EmbeddingTrainer(Trainer):
         eval_dataset: rows like those, or a dict of such datasets; see `evaluate`.
         text_columns: the text columns in order; by default all columns but the label.
         preprocess: turns a list of texts into a feature dict; by default `model.preprocess` or `model.tokenize`.
+        labelled: for a loss that mines among texts of a batch by their labels: one text column, batches with at least
+            two texts of each label that is in them, and another evaluation. The label column holds whole numbers.
         **kwargs: what else the Trainer takes (callbacks, optimizers, ...).
 
     Raises:
@@ -96,6 +102,7 @@ class EmbeddingTrainer(Trainer):
         *,
         text_columns: Sequence[str] | None = None,
         preprocess: Preprocess | None = None,
+        labelled: Labelled | None = None,
         **kwargs: Any,
     ) -> None:
         self.preprocess = _preprocess_of(model) if preprocess is None else preprocess
@@ -111,21 +118,30 @@ class EmbeddingTrainer(Trainer):
         columns: Sequence[str] = text_columns or ()
         for dataset in given:
             # an evaluation set has the columns of the training set
-            columns = find_text_columns(dataset, columns or None)
-        if train_dataset is not None and args.dataloader_drop_last and len(train_dataset) < args.train_batch_size:
+            columns = find_text_columns(dataset, columns or None, labelled=labelled is not None)
+        self.text_columns = tuple(columns)
+        self.labelled = labelled
+        find_labels = find_label_column if labelled is None else find_class_column
+        # every set is checked, the first decides
+        label_column = ([find_labels(dataset) for dataset in given] or [None])[0]
+        self._sampler = None
+        if train_dataset is not None and labelled is not None:
+            seed = args.seed if args.data_seed is None else args.data_seed
+            labels = torch.tensor(train_dataset[label_column][:])
+            self._sampler = LabelGroupedSampler(labels, args.train_batch_size, labelled.per_label, seed)
+        drawn = self._sampler or train_dataset
+        if drawn is not None and args.dataloader_drop_last and len(drawn) < args.train_batch_size:
             raise InputError(
-                f"{len(train_dataset)} rows are less than one batch of {args.train_batch_size}, and incomplete "
+                f"{len(drawn)} rows are less than one batch of {args.train_batch_size}, and incomplete "
                 "batches are dropped. Lower per_device_train_batch_size, or switch dataloader_drop_last off."
             )
-        self.text_columns = tuple(columns)
-        label_column = find_label_column(given[0]) if given else None
         if train_dataset is not None:
             # rows are decoded whole: what is not used would cost time in every batch
             train_dataset = train_dataset.select_columns([*columns, *([label_column] if label_column else [])])
         self.loss = loss
         self._loss_model = model
         self._own_parameters = {n: p for n, p in loss.named_parameters() if id(p) not in shared}
-        self._tasks: dict[int, tuple[Dataset, RetrievalTask]] = {}
+        self._tasks: dict[int, tuple[Dataset, RetrievalTask | LabelTask]] = {}
         self._stats: dict[str, Tensor] = {}
         self._stats_steps = 0
         super().__init__(
@@ -141,6 +157,11 @@ class EmbeddingTrainer(Trainer):
         self.loss.to(args.device)
         if self._own_parameters:
             self.add_callback(_ZeroLossGradients(self._own_parameters.values()))
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
+        """The Trainer's sampler, or for labelled texts one that keeps texts of a label together."""
+        # accelerate tells it the epoch, at the start of each and after a checkpoint
+        return super()._get_train_sampler(train_dataset) if self._sampler is None else self._sampler
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's optimiser over the parameters of the model and those of the loss itself."""
@@ -202,10 +223,12 @@ class EmbeddingTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Retrieval over the whole evaluation set: recall@1, recall@10, MRR@10, candidates and seconds.
+        """Quality over the whole evaluation set, with the number of candidates and of seconds that it took.
 
-        The distinct texts of all but the anchor column are the candidates; the similarity is that of the loss, cosine
-        where it names none. Every process evaluates the whole set. Time: one pass of the model over the texts, then
+        Of pairs: recall@1, recall@10 and MRR@10 of search, where the distinct texts of all but the anchor column are
+        the candidates. Of labelled texts: accuracy@1 and MAP@R of the labels of their neighbours among the distinct
+        texts of the set. The similarity is that of the loss, cosine where it names none. Every process evaluates the
+        whole set. Time: one pass of the model over the texts, then
         O(queries * candidates * dimension). Memory: the embeddings and 64 MiB.
 
         Raises:
@@ -223,26 +246,43 @@ class EmbeddingTrainer(Trainer):
             raise InputError("There is no dataset to evaluate on; pass eval_dataset to the trainer or to evaluate().")
         start = time.perf_counter()
         task = self._task(chosen)
-        queries, documents = (
-            embed_texts(self.model, self.preprocess, texts, batch_size=self.args.eval_batch_size).to(self.args.device)
-            for texts in (task.queries, task.documents)
-        )
-        ranks = retrieval_ranks(queries, documents, task.relevant, self._similarity())
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in retrieval_metrics(ranks).items()}
-        metrics[f"{metric_key_prefix}_candidates"] = len(task.documents)
+        if isinstance(task, LabelTask):
+            measured = label_metrics(self._embed(task.texts), task.labels, task.groups, self._similarity())
+            candidates = len(task.texts)
+        else:
+            queries, documents = self._embed(task.queries), self._embed(task.documents)
+            measured = retrieval_metrics(retrieval_ranks(queries, documents, task.relevant, self._similarity()))
+            candidates = len(task.documents)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
+        metrics[f"{metric_key_prefix}_candidates"] = candidates
         metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - start, 4)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _task(self, dataset: Dataset) -> RetrievalTask:
+    def _embed(self, texts: Sequence[str]) -> Tensor:
+        embeddings = embed_texts(self.model, self.preprocess, texts, batch_size=self.args.eval_batch_size)
+        return embeddings.to(self.args.device)
+
+    def _task(self, dataset: Dataset) -> RetrievalTask | LabelTask:
         # kept with the dataset itself, whose id is then not given to another
         if id(dataset) not in self._tasks:
-            columns = find_text_columns(dataset, self.text_columns or None)
-            self._tasks[id(dataset)] = (dataset, RetrievalTask.from_dataset(dataset, columns))
+            columns = find_text_columns(dataset, self.text_columns or None, labelled=self.labelled is not None)
+            task: RetrievalTask | LabelTask
+            if self.labelled is None:
+                task = RetrievalTask.from_dataset(dataset, columns)
+            else:
+                task = LabelTask.from_dataset(
+                    dataset, columns[0], find_class_column(dataset), self.labelled.group_column
+                )
+            self._tasks[id(dataset)] = (dataset, task)
         return self._tasks[id(dataset)][1]
 
     def _similarity(self) -> Callable[[Tensor, Tensor], Tensor]:
+        # a distance of the mined losses is of all pairs of one set, so that its blocks are those of the namesake here
+        distance = getattr(getattr(self.loss, "distance_metric", None), "__name__", "")
+        if distance in DISTANCES:
+            return SIMILARITIES[DISTANCES[distance]]
         similarity = recognise(getattr(self.loss, "similarity_fct", cos_sim))
         return SIMILARITIES[similarity] if isinstance(similarity, str) else similarity
 
