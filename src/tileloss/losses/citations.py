@@ -51,3 +51,15 @@ GUENTHER_2024 = """
       url={https://arxiv.org/abs/2310.19923},
 }
 """  # noqa: E501
+
+GAO_2021 = """
+@misc{gao2021scaling,
+    title={Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup},
+    author={Luyu Gao and Yunyi Zhang and Jiawei Han and Jamie Callan},
+    year={2021},
+    eprint={2101.06983},
+    archivePrefix={arXiv},
+    primaryClass={cs.LG},
+    url={https://arxiv.org/abs/2101.06983},
+}
+"""
