@@ -2,5 +2,14 @@
 
 from tileloss.functional.contrastive import ContrastiveStats, contrastive_loss, contrastive_loss_with_stats
 from tileloss.functional.hardest import HardestNegatives, hardest_negatives
+from tileloss.functional.pairwise import pairwise_distance, pairwise_similarity
 
-__all__ = ["ContrastiveStats", "HardestNegatives", "contrastive_loss", "contrastive_loss_with_stats", "hardest_negatives"]
+__all__ = [
+    "ContrastiveStats",
+    "HardestNegatives",
+    "contrastive_loss",
+    "contrastive_loss_with_stats",
+    "hardest_negatives",
+    "pairwise_distance",
+    "pairwise_similarity",
+]

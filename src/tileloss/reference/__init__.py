@@ -1,5 +1,6 @@
 """The definition of every primitive: materialised, the shortest correct PyTorch, gradients from autograd."""
 
 from tileloss.reference.contrastive import contrastive_loss
+from tileloss.reference.pairwise import pairwise_matrix
 
-__all__ = ["contrastive_loss"]
+__all__ = ["contrastive_loss", "pairwise_matrix"]

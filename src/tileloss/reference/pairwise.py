@@ -1,0 +1,55 @@
+"""All distances or similarities between two sets of rows: the definition.
+
+Euclidean distances take the difference of squares, so that one GEMM does the work. What lies within its rounding is
+zero; a Euclidean distance of zero has gradient zero. Manhattan distances hold all N x M x D differences, because the
+gradient of `torch.cdist` cannot be differentiated again; where numbers are equal the gradient is zero.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tileloss.metrics import ROUNDING
+from tileloss.similarity import cos_sim, dot_score, up
+
+
+def pairwise_matrix(
+    a: Tensor,  # (N, D)
+    b: Tensor | None,  # (M, D); None compares `a` with itself
+    metric: str,
+    similarity: bool,
+) -> Tensor:  # (N, M)
+    """Distances between all rows of `a` and all rows of `b`, or the similarities that belong to them.
+
+    Args:
+        metric: one of `tileloss.metrics.METRICS`.
+        similarity: give the cosine or the product itself, and otherwise minus the distance.
+    """
+    a = up(a)
+    other = a if b is None else up(b)
+    if metric == "dot" or (metric == "cosine" and similarity):
+        similarities = dot_score(a, other) if metric == "dot" else cos_sim(a, other)
+        return similarities if similarity else -similarities
+    if metric == "cosine":
+        distances = 1.0 - cos_sim(a, other)
+    elif metric == "manhattan":
+        distances = (a[:, None] - other).abs().sum(dim=2)
+    else:
+        distances = _euclidean(a, other, squared=metric == "squared_euclidean")
+    if b is None:
+        distances = torch.diagonal_scatter(distances, distances.new_zeros(len(a)))
+    return -distances if similarity else distances
+
+
+def _euclidean(
+    a: Tensor,  # (N, D)
+    b: Tensor,  # (M, D)
+    squared: bool,
+) -> Tensor:  # (N, M)
+    norms = a.square().sum(dim=1)[:, None] + b.square().sum(dim=1)
+    squares = norms - 2.0 * (a @ b.T)
+    nearly_equal = squares.detach() <= norms.detach() * (ROUNDING * torch.finfo(squares.dtype).eps)
+    if squared:  # the gradient, twice the difference, is no less exact there than elsewhere
+        return squares - torch.where(nearly_equal, squares.detach(), 0.0)
+    return torch.where(nearly_equal, 0.0, torch.where(nearly_equal, 1.0, squares).sqrt())
