@@ -2,12 +2,14 @@
 
 from tileloss.losses.cached_multiple_negatives_ranking import CachedMultipleNegativesRankingLoss
 from tileloss.losses.cached_multiple_negatives_symmetric_ranking import CachedMultipleNegativesSymmetricRankingLoss
+from tileloss.losses.mega_batch_margin import MegaBatchMarginLoss
 from tileloss.losses.multiple_negatives_ranking import MultipleNegativesRankingLoss
 from tileloss.losses.multiple_negatives_symmetric_ranking import MultipleNegativesSymmetricRankingLoss
 
 __all__ = [
     "CachedMultipleNegativesRankingLoss",
     "CachedMultipleNegativesSymmetricRankingLoss",
+    "MegaBatchMarginLoss",
     "MultipleNegativesRankingLoss",
     "MultipleNegativesSymmetricRankingLoss",
 ]
