@@ -13,18 +13,21 @@ import torch
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+from tileloss.guide import Guide
 from tileloss.kernels.chosen_pairs import pull_pairs
 from tileloss.kernels.hardest import TritonHardest
 from tileloss.kernels.launch import Launch, recorded
 from tileloss.kernels.passes import TritonPasses
 from tileloss.spec import ContrastiveSpec
-from tileloss.tiled.passes import Problem, Tile
+from tileloss.tiled.passes import Problem
+from tileloss.tiled.tile import Tile
 
 SIZE, DOCS, WIDTH = 8192, 2 * 8192, 768
 MATRICES = [("query_to_doc", DOCS), ("query_to_query", SIZE), ("doc_to_doc", DOCS)]
+GUIDED_MATRICES = [("query_to_doc", DOCS), ("query_to_query", SIZE), ("doc_to_doc", SIZE)]
 COVERED = (
-    "Each kernel with its features off, with all directions, ids and a hardness on, and with a mask and another "
-    "hardness on (float16: features off alone); the configurations to tune over with features off alone."
+    "Each kernel with its features off, with all directions, ids and a hardness on, with a mask and another hardness "
+    "on, and with a guide (float16: features off alone); the configurations to tune over with features off alone."
 )
 
 
@@ -51,6 +54,7 @@ class Feature(NamedTuple):
     matrices: list[tuple[str, int]]
     ids: Tensor | None = None
     mask: Tensor | None = None
+    guide: Guide | None = None
 
 
 def record_cases(gpu: Gpu) -> Iterator[tuple[str, Launch]]:
@@ -66,6 +70,7 @@ def contrastive_cases(gpu: Gpu) -> Iterator[tuple[str, Launch]]:
     """The passes of the contrastive primitive, called as its driver calls them."""
     ids = torch.empty(DOCS, dtype=torch.int64, device="meta")
     mask = torch.empty(SIZE, DOCS, dtype=torch.bool, device="meta")
+    guide = Guide(torch.empty(SIZE, 384, device="meta"), torch.empty(DOCS, 384, device="meta"))
     all_negatives = ContrastiveSpec(hardness="all_negatives", hardness_strength=1.0)
     in_batch = ContrastiveSpec(hardness="in_batch_negatives", hardness_strength=1.0)
     default = Feature("default", ContrastiveSpec(), MATRICES[:1])
@@ -73,6 +78,7 @@ def contrastive_cases(gpu: Gpu) -> Iterator[tuple[str, Launch]]:
         default,
         Feature("3 directions, ids, all_negatives", all_negatives, MATRICES, ids=ids),
         Feature("mask, in_batch_negatives", in_batch, MATRICES[:1], mask=mask),
+        Feature("guide, 3 directions", ContrastiveSpec(), GUIDED_MATRICES, guide=guide),
     ]
     cases = [("float32 ieee", torch.float32, "highest", features), ("bfloat16", torch.bfloat16, "highest", features)]
     cases.append(("float16", torch.float16, "highest", [default]))
@@ -90,7 +96,7 @@ def contrastive_cases(gpu: Gpu) -> Iterator[tuple[str, Launch]]:
 
 def call_contrastive_passes(feature: Feature, dtype: torch.dtype) -> None:
     """Every pass once, as both walks of the driver call them."""
-    problem = Problem(SIZE, DOCS, 20.0, feature.spec, feature.ids, feature.mask)
+    problem = Problem(SIZE, DOCS, 20.0, feature.spec, feature.ids, feature.mask, feature.guide)
     queries, docs = (torch.empty(rows, WIDTH, dtype=dtype, device="meta") for rows in (SIZE, DOCS))
     passes = TritonPasses(problem, queries, docs)
     unit_queries, norms = passes.unit_rows(queries)
@@ -100,6 +106,8 @@ def call_contrastive_passes(feature: Feature, dtype: torch.dtype) -> None:
     block = torch.empty(SIZE, sum(tile.width for tile in tiles), device="meta")
     for gradients in (True, False):
         passes.softmax_gradient(tiles, block, gradients)
+    if feature.guide is not None:  # which goes with rows at hand alone
+        return
     for direction, columns in feature.matrices:
         tile = Tile(direction, 0, SIZE, 0, columns, twins=(0, SIZE))
         right = unit_queries if direction == "query_to_query" else unit_docs

@@ -15,7 +15,7 @@ from torch import Tensor
 from tileloss.kernels.launch import launch
 from tileloss.kernels.logits import DIRECTION_CODES, LOG2_E, QUERY_TO_DOC, Objective, candidates, to_logits
 from tileloss.kernels.unit_rows import block_of, warps_of
-from tileloss.tiled.passes import Tile
+from tileloss.tiled.tile import Tile
 
 
 @triton.jit

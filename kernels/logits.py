@@ -76,6 +76,23 @@ def candidates(
 
 
 @triton.jit
+def guided_candidates(
+    similarity,
+    row,
+    column,
+    inside,
+    guide_ptr,  # where the guide's similarities of these entries begin
+    threshold,  # of the row
+    DIRECTION: tl.constexpr,
+):
+    """As `candidates`, by a guide: what is above the threshold is none, but for the query's own positive."""
+    ruled_out = tl.load(guide_ptr + column, mask=inside, other=0.0) > threshold
+    if DIRECTION == QUERY_TO_DOC:
+        ruled_out = ruled_out & (column != row)
+    return tl.where(inside & ~ruled_out, similarity, float("-inf"))
+
+
+@triton.jit
 def to_logits(
     similarity,
     positive,  # the positive's similarity, of the row of the loss to which the logit belongs

@@ -27,7 +27,8 @@ from tileloss.kernels.logits import (
     candidates,
     to_logits,
 )
-from tileloss.tiled.passes import NEG_INF, Tile
+from tileloss.tiled.passes import NEG_INF
+from tileloss.tiled.tile import Tile
 
 _PARTS_BYTES = 128 << 20
 _MERGED_PARTS, _MERGED_COLUMNS = 32, 64

@@ -10,9 +10,10 @@ from torch import Tensor
 from tileloss.kernels import known_normalisers, normalisers, softmax_rows
 from tileloss.kernels.logits import Objective
 from tileloss.kernels.rows import TritonRows
-from tileloss.tiled.passes import Passes, Problem, Tile
+from tileloss.tiled.passes import Passes, Problem
+from tileloss.tiled.tile import Tile
 
-_PRODUCTS = ("cosine", "dot")
+_PRODUCTS = ("cosine", "torch_cosine", "dot")
 
 
 class TritonPasses(TritonRows, Passes):
@@ -39,9 +40,11 @@ class TritonPasses(TritonRows, Passes):
         gradient = softmax_rows.gradient_memory(block, self.operand_dtype) if gradients else None
         rows = tiles[0].stop - tiles[0].start
         normaliser = torch.empty(rows, dtype=self.dtype, device=block.device)
+        guide = self.guided.similarities(tiles) if self.guided is not None else None
         softmax_rows.softmax_rows(
-            tiles, block, self.objective, normaliser, self.positive, self.hardest, gradient, self.gradient_unit
-        )
+            tiles, block, self.objective, normaliser, self.positive, self.hardest, gradient, self.gradient_unit,
+            guide, self.guided.thresholds if self.guided is not None else None,
+        )  # fmt: skip
         return normaliser, () if gradient is None else gradient.split([tile.width for tile in tiles], dim=1)
 
     def fused_normalisers(self, tile: Tile, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from torch import Tensor
 
 from tileloss.kernels import unit_rows
+from tileloss.similarity import NORM_FLOOR
 from tileloss.tiled.rows import Rows
 
 
 class TritonRows(Rows):
     """As `Rows`, in one read and one write; operands may keep a dtype narrower than that of the sums."""
 
-    def unit_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return unit_rows.unit_rows(x, self.operand_dtype)
+    def unit_rows(self, x: Tensor, floor: float = NORM_FLOOR) -> tuple[Tensor, Tensor]:
+        return unit_rows.unit_rows(x, self.operand_dtype, floor)
 
-    def unit_rows_backward(self, dx: Tensor, x: Tensor, norms: Tensor, factor: float | Tensor) -> Tensor:
-        return unit_rows.unit_rows_backward(dx, x, norms, factor)
+    def unit_rows_backward(
+        self, dx: Tensor, x: Tensor, norms: Tensor, factor: float | Tensor, floor: float = NORM_FLOOR
+    ) -> Tensor:
+        return unit_rows.unit_rows_backward(dx, x, norms, factor, floor)

@@ -21,15 +21,25 @@ from torch import Tensor
 from tileloss.kernels.launch import launch
 from tileloss.kernels.logits import (
     DIRECTION_CODES,
+    DOC_TO_DOC,
     LN_2,
     QUERY_TO_DOC,
     QUERY_TO_QUERY,
     Objective,
     candidates,
+    guided_candidates,
     to_logits,
 )
 from tileloss.kernels.unit_rows import block_of, warps_of
-from tileloss.tiled.passes import Tile
+from tileloss.tiled.tile import Tile
+
+
+@triton.jit
+def columns_of(size, docs, DIRECTION: tl.constexpr, HAS_GUIDE: tl.constexpr):
+    """How many columns a direction has: with a guide, positives meet positives alone."""
+    if DIRECTION == QUERY_TO_QUERY or (DIRECTION == DOC_TO_DOC and HAS_GUIDE):
+        return size
+    return docs
 
 
 @triton.jit
@@ -39,6 +49,8 @@ def softmax_rows_fwd_kernel(
     normaliser_ptr,  # (R,)
     positive_ptr,  # (B,)
     hardest_ptr,  # (B,)
+    guide_ptr,  # (R, C) float32 similarities of the guide, where HAS_GUIDE
+    threshold_ptr,  # (B,)
     ids_ptr,
     mask_ptr,
     mask_row_stride,
@@ -51,6 +63,7 @@ def softmax_rows_fwd_kernel(
     gradient_stride,
     start,
     unit,
+    HAS_GUIDE: tl.constexpr,
     HAS_IDS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HARDNESS: tl.constexpr,
@@ -65,6 +78,8 @@ def softmax_rows_fwd_kernel(
     scale = tl.load(scale_ptr)
     row_id = tl.load(ids_ptr + row) if HAS_IDS else 0
     positive = tl.load(block_row + row)
+    guide_row = guide_ptr + place.to(tl.int64) * block_stride
+    threshold = tl.load(threshold_ptr + row) if HAS_GUIDE else 0.0
 
     # finite, so that a step without candidates leaves it and the sum as they are; the positive is always one
     peak = tl.full((), -1e38, tl.float32)
@@ -73,14 +88,19 @@ def softmax_rows_fwd_kernel(
     offset = 0
     for DIRECTION in tl.static_range(3):
         if (DIRECTIONS >> DIRECTION) & 1:
-            width = size if DIRECTION == QUERY_TO_QUERY else docs
+            width = columns_of(size, docs, DIRECTION, HAS_GUIDE)
             for first in range(0, width, BLOCK):
                 column = first + lanes
                 similarity = tl.load(block_row + offset + column, mask=column < width, other=0.0)
-                similarity = candidates(
-                    similarity, row, column, column < width, row_id, ids_ptr, mask_ptr, mask_row_stride,
-                    mask_column_stride, size, docs, DIRECTION, HAS_IDS, HAS_MASK,
-                )  # fmt: skip
+                if HAS_GUIDE:
+                    similarity = guided_candidates(
+                        similarity, row, column, column < width, guide_row + offset, threshold, DIRECTION
+                    )
+                else:
+                    similarity = candidates(
+                        similarity, row, column, column < width, row_id, ids_ptr, mask_ptr, mask_row_stride,
+                        mask_column_stride, size, docs, DIRECTION, HAS_IDS, HAS_MASK,
+                    )  # fmt: skip
                 if DIRECTION == QUERY_TO_DOC:
                     hardest = tl.maximum(hardest, tl.where(column == row, float("-inf"), similarity))
                 logit = to_logits(similarity, positive, row, column, scale, strength, size, docs, DIRECTION, HARDNESS)
@@ -98,14 +118,19 @@ def softmax_rows_fwd_kernel(
         offset = 0
         for DIRECTION in tl.static_range(3):
             if (DIRECTIONS >> DIRECTION) & 1:
-                width = size if DIRECTION == QUERY_TO_QUERY else docs
+                width = columns_of(size, docs, DIRECTION, HAS_GUIDE)
                 for first in range(0, width, BLOCK):
                     column = first + lanes
                     similarity = tl.load(block_row + offset + column, mask=column < width, other=0.0)
-                    similarity = candidates(
-                        similarity, row, column, column < width, row_id, ids_ptr, mask_ptr, mask_row_stride,
-                        mask_column_stride, size, docs, DIRECTION, HAS_IDS, HAS_MASK,
-                    )  # fmt: skip
+                    if HAS_GUIDE:
+                        similarity = guided_candidates(
+                            similarity, row, column, column < width, guide_row + offset, threshold, DIRECTION
+                        )
+                    else:
+                        similarity = candidates(
+                            similarity, row, column, column < width, row_id, ids_ptr, mask_ptr, mask_row_stride,
+                            mask_column_stride, size, docs, DIRECTION, HAS_IDS, HAS_MASK,
+                        )  # fmt: skip
                     logit = to_logits(
                         similarity, positive, row, column, scale, strength, size, docs, DIRECTION, HARDNESS
                     )
@@ -128,14 +153,17 @@ def softmax_rows(
     hardest: Tensor,  # (B,)
     gradient: Tensor | None,  # (R, sum of C) in the memory of the block
     unit: float,
+    guide: Tensor | None = None,  # (R, sum of C) float32 similarities of the guide
+    thresholds: Tensor | None = None,  # (B,)
 ) -> None:
     """One softmax over each row of a block: log-normalisers, statistics, and the logits' gradient times `unit`."""
     rows, columns = block.shape
     width = block_of(columns)
     written = block if gradient is None else gradient
     launch(
-        softmax_rows_fwd_kernel, (rows,), block, written, normaliser, positive, hardest, *objective.arguments,
-        block.stride(0), written.stride(0), tiles[0].start, unit, **objective.constants,
+        softmax_rows_fwd_kernel, (rows,), block, written, normaliser, positive, hardest,
+        block if guide is None else guide, positive if thresholds is None else thresholds, *objective.arguments,
+        block.stride(0), written.stride(0), tiles[0].start, unit, HAS_GUIDE=guide is not None, **objective.constants,
         DIRECTIONS=sum(1 << DIRECTION_CODES[tile.direction] for tile in tiles), GRADIENT=gradient is not None,
         BLOCK=width, num_warps=warps_of(width),
     )  # fmt: skip

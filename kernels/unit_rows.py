@@ -82,6 +82,7 @@ def unit_rows_bwd_kernel(
 def unit_rows(
     x: Tensor,  # (N, D), any strides
     dtype: torch.dtype,
+    floor: float = NORM_FLOOR,
 ) -> tuple[Tensor, Tensor]:
     """The rows over their norms, (N, D) in `dtype`, and the norms (N, 1) in float32; one read of `x`, one write."""
     rows, width = x.shape
@@ -90,7 +91,7 @@ def unit_rows(
     block = block_of(width)
     launch(
         unit_rows_fwd_kernel, (rows,), x, unit, norms, *x.stride(), width,
-        FLOOR=NORM_FLOOR, BLOCK=block, num_warps=warps_of(block),
+        FLOOR=floor, BLOCK=block, num_warps=warps_of(block),
     )  # fmt: skip
     return unit, norms
 
@@ -100,6 +101,7 @@ def unit_rows_backward(
     unit: Tensor,  # (N, D)
     norms: Tensor,  # (N, 1)
     factor: float | Tensor,
+    floor: float = NORM_FLOOR,
 ) -> Tensor:  # (N, D)
     """The gradient of the rows as given, times `factor`, in the dtype of `unit`."""
     rows, width = unit.shape
@@ -107,7 +109,7 @@ def unit_rows_backward(
     block = block_of(width)
     launch(
         unit_rows_bwd_kernel, (rows,), d_unit, unit, norms, as_scalar(factor, unit.device), dx, width,
-        FLOOR=NORM_FLOOR, BLOCK=block, num_warps=warps_of(block),
+        FLOOR=floor, BLOCK=block, num_warps=warps_of(block),
     )  # fmt: skip
     return dx
 

@@ -6,7 +6,8 @@
 
 from tileloss import backend, functional
 from tileloss.backend import use_backend
+from tileloss.guide import Guide
 from tileloss.similarity import rowwise
 
 __version__ = "0.1.0"
-__all__ = ["backend", "functional", "rowwise", "use_backend"]
+__all__ = ["Guide", "backend", "functional", "rowwise", "use_backend"]

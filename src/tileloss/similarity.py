@@ -20,6 +20,7 @@ from torch import Tensor
 from tileloss.errors import InputError
 
 NORM_FLOOR = 1e-12  # the clamp of torch.nn.functional.normalize
+COSINE_FLOOR = 1e-8  # the clamp of torch.nn.functional.cosine_similarity
 
 SimilarityFn = Callable[[Tensor, Tensor], Tensor]
 _Fn = TypeVar("_Fn", bound=Callable[..., Tensor])
@@ -46,10 +47,10 @@ def _rows(x: Any) -> Tensor:
     return x.unsqueeze(0) if x.ndim == 1 else x
 
 
-def _unit_rows(x: Any) -> Tensor:
+def _unit_rows(x: Any, floor: float = NORM_FLOOR) -> Tensor:
     """The rows over their norms, as `torch.nn.functional.normalize` has them, in fewer operations."""
     x = _rows(x)
-    return x / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(NORM_FLOOR)
+    return x / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(floor)
 
 
 def cos_sim(
@@ -65,6 +66,14 @@ def cos_sim(
     torch.Size([2, 1])
     """
     return _unit_rows(a) @ _unit_rows(b).T
+
+
+def torch_cosine(
+    a: Tensor,  # (N, D)
+    b: Tensor,  # (M, D)
+) -> Tensor:  # (N, M)
+    """As `cos_sim`, with the norms clamped at 1e-8, as `F.cosine_similarity` has them: it differs near zero alone."""
+    return _unit_rows(a, COSINE_FLOOR) @ _unit_rows(b, COSINE_FLOOR).T
 
 
 def dot_score(
@@ -93,6 +102,7 @@ def manhattan_sim(
 
 SIMILARITIES: dict[str, SimilarityFn] = {
     "cosine": cos_sim,
+    "torch_cosine": torch_cosine,
     "dot": dot_score,
     "euclidean": euclidean_sim,
     "manhattan": manhattan_sim,

@@ -126,6 +126,7 @@ def test_a_change_of_backend_is_seen() -> None:
         (torch.float64, "dot", "query_to_doc+doc_to_query", "per_direction", "", "ids"),
         (torch.float32, "euclidean", "+".join(DIRECTIONS), "joint", "all_negatives", "mask"),
         (torch.bfloat16, "cosine", "query_to_doc+doc_to_query", "joint", "", None),
+        (torch.float32, "torch_cosine", "query_to_doc+query_to_query+doc_to_doc", "joint", "", "guide"),
     ],
 )
 def test_opcheck(
@@ -142,7 +143,8 @@ def test_opcheck(
     queries, docs, scale = (x.requires_grad_(need) for x, need in zip(inputs, wanted, strict=True))
     ids = torch.arange(18) // 2 if excluded == "ids" else None
     mask = torch.rand(9, 18) < 0.3 if excluded == "mask" else None
-    arguments = (queries, docs, scale if wanted[2] else None, ids, mask, 3.0)
+    guide = (torch.randn(9, 5), torch.randn(18, 5)) if excluded == "guide" else (None, None)
+    arguments = (queries, docs, scale if wanted[2] else None, ids, mask, *guide, 0.1, "absolute", 3.0)
     names = (similarity, directions, partition, hardness, 2.0 if hardness else 0.0)
     # bfloat16 gradients agree to their own precision
     tolerance = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {}

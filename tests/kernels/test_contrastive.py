@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tileloss import Guide
 from tileloss.backend import interpreting
 from tileloss.functional import contrastive_loss_with_stats
 from tileloss.spec import DIRECTIONS
@@ -27,6 +28,7 @@ HALF = (
 )  # the interpreter's bfloat16 dot is wrong
 EAGER = {
     "cosine": lambda a, b: F.normalize(a, dim=1) @ F.normalize(b, dim=1).T,
+    "torch_cosine": lambda a, b: F.normalize(a, dim=1, eps=1e-8) @ F.normalize(b, dim=1, eps=1e-8).T,
     "dot": lambda a, b: a @ b.T,
     "euclidean": "euclidean",
     "manhattan": "manhattan",
@@ -52,6 +54,7 @@ class Case:
         docs[: self.size] += queries  # positives that are near, so that rows are neither flat nor lost
         excluded = {
             "": lambda: None,
+            "guide": lambda: torch.randn(self.size + self.count, 7),
             "ids": lambda: torch.randint(0, self.size // 2 + 1, (self.size,)),
             "ids of all docs": lambda: torch.randint(0, self.size // 2 + 1, (self.count,), dtype=torch.int32),
             "mask": lambda: torch.rand(self.size, self.count) < 0.3,
@@ -59,6 +62,8 @@ class Case:
             "expanded mask": lambda: (torch.rand(self.count) < 0.3).expand(self.size, -1),
         }[self.exclude]()
         exclude = None if excluded is None else excluded.to(device)
+        if self.exclude == "guide":
+            exclude = Guide(*excluded.to(device).split([self.size, self.count]), margin=0.2)
         return queries.to(device, dtype), docs.to(device, dtype), {"exclude": exclude, **self.options}
 
 
@@ -84,6 +89,9 @@ CASES = {
     ),
     "in-batch hardness, mask": case(63, 2, 65, SINGLE, "transposed mask", hardness=("in_batch_negatives", 5.0)),
     "hard-negative hardness, ids": case(100, 3, 3, SINGLE, "ids", hardness=("hard_negatives", 5.0)),
+    "guide": case(63, 2, 65, SINGLE + HALF, "guide"),
+    "guide, rows at hand": case(100, 2, 3, SINGLE + HALF, "guide", directions=ROWS_AT_HAND),
+    "guide, hardness": case(63, 1, 65, SINGLE, "guide", similarity="torch_cosine", hardness=("all_negatives", 2.0)),
     "clip": case(63, 1, 65, SINGLE + HALF, directions=CLIP, partition="per_direction"),
     "clip, joint, uneven": case(100, 1, 3, SINGLE, "mask", count=163, directions=CLIP),
     "clip, hardness": case(100, 2, 3, HALF, "ids", directions=CLIP, hardness=("in_batch_negatives", 3.0)),

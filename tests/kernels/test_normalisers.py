@@ -10,7 +10,8 @@ from tileloss.kernels import normalisers
 from tileloss.kernels.launch import recorded
 from tileloss.kernels.logits import Objective
 from tileloss.spec import ContrastiveSpec
-from tileloss.tiled.passes import Problem, Tile
+from tileloss.tiled.passes import Problem
+from tileloss.tiled.tile import Tile
 
 # 66 rows put two of them beyond a tile of 64: a last tile with a single pair right of the diagonal
 SIZE, DOCS, SCALE = 66, 150, 3.0

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from tileloss.kernels import TritonPasses, unit_rows
 from tileloss.spec import ContrastiveSpec
-from tileloss.tiled.passes import Problem, Tile
+from tileloss.tiled.passes import Problem
+from tileloss.tiled.tile import Tile
 
 ROWS, COLUMNS = 5, 300
 

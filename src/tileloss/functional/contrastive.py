@@ -17,6 +17,7 @@ from torch import Tensor
 from tileloss import backend, reference
 from tileloss.errors import DeviceError, DtypeError, InputError, ShapeError
 from tileloss.functional.contrastive_op import block_loss
+from tileloss.guide import Guide
 from tileloss.similarity import SimilarityFn, full_precision, is_rowwise, up_dtype
 from tileloss.spec import ContrastiveSpec
 
@@ -45,7 +46,7 @@ def contrastive_loss(
     directions: Sequence[str] = ("query_to_doc",),
     partition: str = "joint",
     hardness: tuple[str | None, float] | None = None,
-    exclude: Tensor | None = None,
+    exclude: Tensor | Guide | None = None,
 ) -> Tensor:
     """Mean over queries of log-sum-exp(candidates) minus the positive's logit: cross-entropy with in-batch negatives.
 
@@ -68,7 +69,11 @@ def contrastive_loss(
             "in_batch_negatives", "hard_negatives" or "all_negatives".
         exclude: integer ids, (B,) or (M,): texts of rows whose ids match are no negatives of each other; or a boolean
             (B, M) mask, true where document j is no negative of query i (it acts on query_to_doc and doc_to_query).
-            A query's own positive is never excluded, nor are its own hard negatives by ids.
+            A query's own positive is never excluded, nor are its own hard negatives by ids. Or a `Guide`: embeddings
+            by another model, whose cosine similarity rules out what it exceeds a threshold for (GISTEmbed). Its
+            similarities are computed block by block too. With a guide, doc_to_doc compares positives with positives
+            alone, in both it and query_to_query a text is a candidate of itself unless the guide rules it out, and
+            doc_to_query is not available.
         backend: "reference", "tiled", "triton" or "auto", for this call alone; see `tileloss.backend`.
 
     Returns:
@@ -105,7 +110,7 @@ def contrastive_loss_with_stats(
     directions: Sequence[str] = ("query_to_doc",),
     partition: str = "joint",
     hardness: tuple[str | None, float] | None = None,
-    exclude: Tensor | None = None,
+    exclude: Tensor | Guide | None = None,
 ) -> tuple[Tensor, ContrastiveStats]:
     """As `contrastive_loss`, with the statistics of the same pass beside the loss; they cost no further GEMM."""
     return _contrastive(queries, docs, scale, similarity, directions, partition, hardness, exclude)
@@ -119,7 +124,7 @@ def _contrastive(
     directions: Sequence[str],
     partition: str,
     hardness: tuple[str | None, float] | None,
-    exclude: Tensor | None,
+    exclude: Tensor | Guide | None,
 ) -> tuple[Tensor, ContrastiveStats]:
     directions = directions if isinstance(directions, str) else tuple(directions or ())
     spec = ContrastiveSpec(similarity, directions, partition, *_mode_and_strength(hardness))
@@ -127,13 +132,18 @@ def _contrastive(
     scale = scale.reshape(()) if isinstance(scale, Tensor) else scale  # so that its dtype never decides the result's
     _check_embeddings(queries, docs, spec)
     queries, docs = (x if x.layout == torch.strided else x.to_dense() for x in (queries, docs))
-    doc_ids, mask = _exclusions(exclude, len(queries), docs)
+    doc_ids = mask = guide = None
+    if isinstance(exclude, Guide):
+        guide = exclude
+        _check_guide(guide, queries, docs, spec)
+    else:
+        doc_ids, mask = _exclusions(exclude, len(queries), docs)
     chosen = _backend(queries, docs, spec)
     if chosen == "reference":
         with full_precision(queries.device.type):
-            loss, stats = reference.contrastive_loss(queries, docs, scale, spec, doc_ids, mask)
+            loss, stats = reference.contrastive_loss(queries, docs, scale, spec, doc_ids, mask, guide)
     else:
-        loss, stats = block_loss(queries, docs, scale, spec, doc_ids, mask, chosen)
+        loss, stats = block_loss(queries, docs, scale, spec, doc_ids, mask, guide, chosen)
     return loss, ContrastiveStats(*stats.unbind())
 
 
@@ -188,7 +198,9 @@ def _exclusions(exclude: Tensor | None, size: int, docs: Tensor) -> tuple[Tensor
     if exclude is None:
         return None, None
     if not isinstance(exclude, Tensor):
-        raise InputError(f"exclude must be a tensor of integer ids or booleans, got {type(exclude).__name__}.")
+        raise InputError(
+            f"exclude must be a tensor of integer ids or booleans, or a tileloss.Guide, got {type(exclude).__name__}."
+        )
     count = len(docs)
     if exclude.device != docs.device:
         raise DeviceError(f"exclude is on {exclude.device} and the embeddings on {docs.device}; move it there.")
@@ -206,6 +218,12 @@ def _exclusions(exclude: Tensor | None, size: int, docs: Tensor) -> tuple[Tensor
         f"Integer exclude must have one id for each of the {size} queries, or for each of the {count} docs "
         f"(the only way when their number is no multiple of {size}), got shape {tuple(exclude.shape)}."
     )
+
+
+def _check_guide(guide: Guide, queries: Tensor, docs: Tensor, spec: ContrastiveSpec) -> None:
+    guide.check(queries, docs)
+    if "doc_to_query" in spec.directions:
+        raise InputError("A guide has a threshold for each query and none for documents: leave out 'doc_to_query'.")
 
 
 def _backend(queries: Tensor, docs: Tensor, spec: ContrastiveSpec) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tileloss import reference, tiled
+from tileloss.guide import Guide
 from tileloss.similarity import full_precision
 from tileloss.spec import ContrastiveSpec
 from tileloss.tiled import Needs
@@ -26,6 +27,7 @@ def block_loss(
     spec: ContrastiveSpec,
     doc_ids: Tensor | None,  # (M,)
     mask: Tensor | None,  # (B, M)
+    guide: Guide | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Loss (0-dim) and statistics (3,) by the block algorithms of a backend, as a node of the autograd graph."""
@@ -33,10 +35,12 @@ def block_loss(
     recording = torch.is_grad_enabled()
     needs = [recording and x is not None and x.requires_grad for x in (queries, docs, tensor)]
     if not isinstance(spec.similarity, str):
-        return _CallableLoss.apply(queries, docs, tensor, number, spec, doc_ids, mask, needs)
+        return _CallableLoss.apply(queries, docs, tensor, number, spec, doc_ids, mask, guide, needs)
+    guide_queries, guide_docs, margin, strategy = guide or (None, None, 0.0, "")
     loss, stats, *_ = _contrastive(
-        queries, docs, tensor, doc_ids, mask, number, spec.similarity, "+".join(spec.directions), spec.partition,
-        spec.hardness or "", spec.hardness_strength, needs, backend,
+        queries, docs, tensor, doc_ids, mask, guide_queries, guide_docs, float(margin), strategy, number,
+        spec.similarity, "+".join(spec.directions), spec.partition, spec.hardness or "", spec.hardness_strength, needs,
+        backend,
     )  # fmt: skip
     return loss, stats
 
@@ -48,6 +52,10 @@ def _contrastive(
     scale_tensor: Tensor | None,
     doc_ids: Tensor | None,
     mask: Tensor | None,
+    guide_queries: Tensor | None,
+    guide_docs: Tensor | None,
+    guide_margin: float,
+    guide_strategy: str,
     scale: float,
     similarity: str,
     directions: str,
@@ -62,7 +70,8 @@ def _contrastive(
     passes = tiled.Passes
     if backend == "triton":
         from tileloss.kernels import TritonPasses as passes
-    result = tiled.contrastive_loss(queries, docs, scale_, spec, doc_ids, mask, Needs(*needs), passes)
+    guide = _guide(guide_queries, guide_docs, guide_margin, guide_strategy)
+    result = tiled.contrastive_loss(queries, docs, scale_, spec, doc_ids, mask, Needs(*needs), guide, passes)
     # an operator returns tensors only: a gradient that nobody asked for is an empty one
     d_queries, d_docs, d_scale = (queries.new_empty(0) if g is None else g for g in result[2:])
     if scale_tensor is not None:
@@ -83,14 +92,15 @@ def _shapes(queries: Tensor, docs: Tensor, scale_tensor: Tensor | None, *setting
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    queries, docs, scale_tensor, doc_ids, mask, ctx.scale, *settings, ctx.needs, _ = inputs
-    ctx.spec = _spec(*settings)
+    *tensors, margin, strategy, ctx.scale, similarity, directions, partition, hardness, strength, ctx.needs, _ = inputs
+    ctx.guide_settings = margin, strategy
+    ctx.spec = _spec(similarity, directions, partition, hardness, strength)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(queries, docs, scale_tensor, doc_ids, mask, *output[2:])
+    ctx.save_for_backward(*tensors, *output[2:])
 
 
 def _backward(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Any, ...]:
-    return (*_gradients(ctx, d_loss), *[None] * 10)
+    return (*_gradients(ctx, d_loss), *[None] * 14)
 
 
 _contrastive.register_autograd(_backward, setup_context=_setup_context)
@@ -100,25 +110,29 @@ class _CallableLoss(torch.autograd.Function):
     """The same node for a similarity that is a row-wise Python function; always on the tiled backend."""
 
     @staticmethod
-    def forward(ctx: Any, queries, docs, scale_tensor, scale, spec, doc_ids, mask, needs):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, queries, docs, scale_tensor, scale, spec, doc_ids, mask, guide, needs):  # type: ignore[no-untyped-def]
         ctx.scale, ctx.spec, ctx.needs = scale, spec, needs
         scale = scale if scale_tensor is None else scale_tensor
-        loss, stats, *gradients = tiled.contrastive_loss(queries, docs, scale, spec, doc_ids, mask, Needs(*needs))
-        ctx.save_for_backward(queries, docs, scale_tensor, doc_ids, mask, *gradients)
+        loss, stats, *gradients = tiled.contrastive_loss(
+            queries, docs, scale, spec, doc_ids, mask, Needs(*needs), guide
+        )
+        guide_queries, guide_docs, *ctx.guide_settings = guide or (None, None, 0.0, "")
+        ctx.save_for_backward(queries, docs, scale_tensor, doc_ids, mask, guide_queries, guide_docs, *gradients)
         ctx.mark_non_differentiable(stats)
         return loss, stats
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor, _: Any) -> tuple[Any, ...]:
-        return (*_gradients(ctx, d_loss), *[None] * 5)
+        return (*_gradients(ctx, d_loss), *[None] * 6)
 
 
 def _gradients(ctx: Any, d_loss: Tensor) -> list[Tensor | None]:
     """Of queries, docs and scale: as the forward found them, scaled; or by the definition where autograd records."""
-    queries, docs, scale_tensor, doc_ids, mask, *found = ctx.saved_tensors
+    queries, docs, scale_tensor, doc_ids, mask, guide_queries, guide_docs, *found = ctx.saved_tensors
     if torch.is_grad_enabled():
         scale = ctx.scale if scale_tensor is None else scale_tensor
-        return _through_definition(d_loss, (queries, docs, scale), ctx.spec, doc_ids, mask, ctx.needs)
+        guide = _guide(guide_queries, guide_docs, *ctx.guide_settings)
+        return _through_definition(d_loss, (queries, docs, scale), ctx.spec, doc_ids, mask, guide, ctx.needs)
     # out of place, so that a second backward over a retained graph gives the same numbers
     return [g * d_loss.to(g.dtype) if need else None for g, need in zip(found, ctx.needs, strict=True)]
 
@@ -129,6 +143,7 @@ def _through_definition(
     spec: ContrastiveSpec,
     doc_ids: Tensor | None,
     mask: Tensor | None,
+    guide: Guide | None,
     needs: list[bool],
 ) -> list[Tensor | None]:
     """The gradients as a differentiable function of the inputs, by the materialised definition."""
@@ -136,7 +151,7 @@ def _through_definition(
     queries, docs = (x.view_as(x) for x in inputs[:2])
     scale = inputs[2].view_as(inputs[2]) if isinstance(inputs[2], Tensor) else inputs[2]
     with full_precision(d_loss.device.type):
-        loss, _ = reference.contrastive_loss(queries, docs, scale, spec, doc_ids, mask)
+        loss, _ = reference.contrastive_loss(queries, docs, scale, spec, doc_ids, mask, guide)
         wanted = [x for x, need in zip((queries, docs, scale), needs, strict=True) if need and isinstance(x, Tensor)]
         found = iter(torch.autograd.grad(loss, wanted, d_loss, create_graph=True))
     return [next(found) if need else None for need in needs]
@@ -144,3 +159,7 @@ def _through_definition(
 
 def _spec(similarity: str, directions: str, partition: str, hardness: str, strength: float) -> ContrastiveSpec:
     return ContrastiveSpec(similarity, tuple(directions.split("+")), partition, hardness or None, strength)
+
+
+def _guide(queries: Tensor | None, docs: Tensor | None, margin: float, strategy: str) -> Guide | None:
+    return None if queries is None or docs is None else Guide(queries, docs, margin, strategy)

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tileloss.similarity import SIMILARITIES, up
+from tileloss.guide import Guide, thresholds
+from tileloss.similarity import SIMILARITIES, torch_cosine, up
 from tileloss.spec import ContrastiveSpec
 
 NEG_INF = float("-inf")
@@ -25,6 +26,7 @@ def contrastive_loss(
     spec: ContrastiveSpec,
     doc_ids: Tensor | None = None,  # (M,): documents of equal id are not negatives of each other's queries
     mask: Tensor | None = None,  # (B, M): true where document j is no negative of query i
+    guide: Guide | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The loss (0-dim) and its detached statistics (3,): accuracy, positive and hardest-negative similarity, as means.
 
@@ -37,15 +39,21 @@ def contrastive_loss(
 
     size, positives = len(queries), docs[: len(queries)]
     raw = similarity(queries, docs)
+    guided = guided_out(guide, size) if guide is not None else None
+    if guided is not None:
+        mask = guided["query_to_doc"]
     masked = excluded(size, len(docs), doc_ids, mask, queries.device)
     blocks = {"query_to_doc": raw * scale if not spec.weighs_hardness else raw * scale + hardness(raw, spec)}
     if "query_to_query" in spec.directions:
-        own = torch.eye(size, dtype=torch.bool, device=queries.device)
+        own = torch.eye(size, dtype=torch.bool, device=queries.device) if guided is None else guided["query_to_query"]
         own = own if doc_ids is None else own | same_id(doc_ids[:size], doc_ids[:size])
         blocks["query_to_query"] = (similarity(queries, queries) * scale).masked_fill(own, NEG_INF)
     if "doc_to_query" in spec.directions:
         blocks["doc_to_query"] = similarity(queries, positives).T * scale
-    if "doc_to_doc" in spec.directions:
+    if "doc_to_doc" in spec.directions and guided is not None:
+        alike = guided["doc_to_doc"]
+        blocks["doc_to_doc"] = (similarity(positives, positives) * scale).masked_fill(alike, NEG_INF)
+    elif "doc_to_doc" in spec.directions:
         own = own_docs(size, len(docs), queries.device)
         own = own if doc_ids is None else own | same_id(doc_ids[:size], doc_ids)
         blocks["doc_to_doc"] = (similarity(docs, positives).T * scale).masked_fill(own, NEG_INF)
@@ -62,6 +70,18 @@ def contrastive_loss(
     losses = [F.cross_entropy(row, target) for row in rows]
     loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
     return loss, statistics(raw.detach(), masked)
+
+
+def guided_out(guide: Guide, size: int) -> dict[str, Tensor]:
+    """By direction the pairs (B, M) or (B, B) whose guide similarity exceeds the threshold of their row."""
+    queries, docs = guide.queries.detach(), guide.docs.detach()
+    to_docs = torch_cosine(queries, docs)
+    threshold = thresholds(to_docs[:, :size].diagonal(), guide.margin, guide.strategy)[:, None]
+    return {
+        "query_to_doc": to_docs > threshold,
+        "query_to_query": torch_cosine(queries, queries) > threshold,
+        "doc_to_doc": torch_cosine(docs[:size], docs[:size]) > threshold,
+    }
 
 
 def same_id(row_ids: Tensor, doc_ids: Tensor) -> Tensor:

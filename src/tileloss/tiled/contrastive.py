@@ -23,11 +23,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tileloss.guide import Guide
 from tileloss.similarity import full_precision
 from tileloss.spec import ContrastiveSpec
 from tileloss.tiled.blocks import rows_per_block
-from tileloss.tiled.passes import NEG_INF, Passes, Problem, Tile
+from tileloss.tiled.passes import NEG_INF, Passes, Problem
 from tileloss.tiled.similarity import RowwiseCallable, block_similarity
+from tileloss.tiled.tile import Tile
 
 
 class Needs(NamedTuple):
@@ -67,6 +69,7 @@ def contrastive_loss(
     doc_ids: Tensor | None,  # (M,)
     mask: Tensor | None,  # (B, M) boolean
     needs: Needs,
+    guide: Guide | None = None,
     passes_class: type[Passes] = Passes,
 ) -> Result:
     """The loss, its statistics and its gradients, as `tileloss.reference.contrastive` defines them.
@@ -74,7 +77,7 @@ def contrastive_loss(
     Memory beside the inputs: the prepared rows, a gradient for each side that needs one, and one or two blocks of
     similarities of bounded size. Time: three GEMMs of B x M x D, or four with doc_to_query.
     """
-    passes = passes_class(Problem(len(queries), len(docs), scale, spec, doc_ids, mask), queries, docs)
+    passes = passes_class(Problem(len(queries), len(docs), scale, spec, doc_ids, mask, guide), queries, docs)
     with full_precision(queries.device.type):
         return _Walk(queries, docs, passes, needs).run()
 
@@ -117,7 +120,7 @@ class _Walk:
         """Blocks of rows of all directions at once: softmax, gradient of the logits, gradients of both sides."""
         matrices = self._matrices()
         columns = [len(matrix.right) for matrix in matrices]
-        rows = self._rows_per_block(sum(columns))
+        rows = self._rows_per_block(sum(columns) * (1 if self.problem.guide is None else 2))
         buffer = self._buffer(rows * sum(columns))
         normaliser = torch.empty_like(self.passes.positive)
         for start in range(0, self.problem.size, rows):
@@ -169,7 +172,10 @@ class _Walk:
         if self._has("query_to_query"):
             matrices.append(Matrix("query_to_query", self.left, self.left, self.d_left, self.d_left))
         if self._has("doc_to_doc"):
-            matrices.append(Matrix("doc_to_doc", self.right[:size], self.right, d_positives, self.d_right))
+            right, d_right = self.right, self.d_right
+            if self.problem.guide is not None:
+                right, d_right = self.right[:size], d_positives
+            matrices.append(Matrix("doc_to_doc", self.right[:size], right, d_positives, d_right))
         return matrices
 
     def _blocks(self, matrix: Matrix) -> Iterator[tuple[Tile, Tensor]]:

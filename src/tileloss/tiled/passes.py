@@ -15,50 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tileloss.guide import Guide
 from tileloss.spec import ContrastiveSpec
+from tileloss.tiled.guide import GuideBlocks
 from tileloss.tiled.rows import Rows
+from tileloss.tiled.tile import Tile
 
 NEG_INF = float("-inf")
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Rows [start, stop) of one direction's matrix against its columns [first, last).
-
-    Entries in the columns [twins[0], twins[1]) stand for two terms of the loss: their own row's, and the transposed
-    pair's, which belongs to the row of the loss that carries the column's number.
-    """
-
-    direction: str
-    start: int
-    stop: int
-    first: int
-    last: int
-    twins: tuple[int, int] = (0, 0)
-
-    @property
-    def rows(self) -> slice:
-        """The rows, in the loss' numbering."""
-        return slice(self.start, self.stop)
-
-    @property
-    def width(self) -> int:
-        """The number of columns."""
-        return self.last - self.first
-
-    @property
-    def twin_columns(self) -> slice:
-        """The twin columns, in the block's numbering."""
-        return slice(self.twins[0] - self.first, self.twins[1] - self.first)
-
-    @property
-    def twin_rows(self) -> slice:
-        """The rows of the loss to which the twin columns belong."""
-        return slice(*self.twins)
-
-    @property
-    def has_twins(self) -> bool:
-        return self.twins[1] > self.twins[0]
 
 
 @dataclass(frozen=True)
@@ -71,6 +34,7 @@ class Problem:
     spec: ContrastiveSpec
     doc_ids: Tensor | None = None  # (M,)
     mask: Tensor | None = None  # (B, M) boolean
+    guide: Guide | None = None
 
 
 class Passes(Rows):
@@ -86,6 +50,7 @@ class Passes(Rows):
         # the hardest negative
         self.positive = torch.empty(problem.size, dtype=self.dtype, device=queries.device)
         self.hardest = torch.empty_like(self.positive)
+        self.guided = GuideBlocks(problem.guide, problem.size) if problem.guide is not None else None
 
     def softmax_gradient(
         self,
@@ -188,14 +153,16 @@ class Passes(Rows):
         excluded = self._excluded(tile, block)
         if excluded is not None:
             block.masked_fill_(excluded, NEG_INF)
-        if tile.direction != "query_to_doc":
+        if tile.direction != "query_to_doc" and self.guided is None:
             for own in self._own(tile, block):
                 own.fill_(NEG_INF)
 
     def _excluded(self, tile: Tile, block: Tensor) -> Tensor | None:
         """(R, C) boolean or None: pairs that the caller rules out; never a query's own positive."""
         ids, mask = self.problem.doc_ids, self.problem.mask
-        excluded = None
+        excluded = self.guided.excluded(tile) if self.guided is not None else None
+        if excluded is not None and tile.direction == "query_to_doc":
+            next(self._own(tile, excluded)).fill_(False)
         if ids is not None:
             excluded = ids[tile.rows, None] == ids[None, tile.first : tile.last]
             for own in self._own(tile, excluded):

@@ -25,11 +25,12 @@ class Rows:
     def unit_rows(
         self,
         x: Tensor,  # (N, D)
+        floor: float = NORM_FLOOR,
     ) -> tuple[Tensor, Tensor]:
-        """The rows over their norms, (N, D) in the operands' dtype, and the norms (N, 1), clamped as PyTorch does."""
+        """The rows over their norms, (N, D) in the operands' dtype, and the norms (N, 1), clamped at `floor`."""
         x = up(x)
         norms = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-        return (x / norms.clamp_min(NORM_FLOOR)).to(self.operand_dtype), norms
+        return (x / norms.clamp_min(floor)).to(self.operand_dtype), norms
 
     def unit_rows_backward(
         self,
@@ -37,9 +38,10 @@ class Rows:
         x: Tensor,  # (N, D): the unit rows
         norms: Tensor,  # (N, 1)
         factor: float | Tensor,
+        floor: float = NORM_FLOOR,
     ) -> Tensor:  # (N, D)
         """The gradient of the rows as given, times `factor`."""
         x = x.to(dx.dtype)
         along = torch.einsum("nd,nd->n", dx, x)[:, None]
-        along = torch.where(norms < NORM_FLOOR, 0.0, along)  # below the floor the norm is a constant
-        return dx.addcmul_(x, along, value=-1).mul_(factor / norms.clamp_min(NORM_FLOOR))
+        along = torch.where(norms < floor, 0.0, along)  # below the floor the norm is a constant
+        return dx.addcmul_(x, along, value=-1).mul_(factor / norms.clamp_min(floor))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tileloss.similarity import SimilarityFn
+from tileloss.similarity import COSINE_FLOOR, NORM_FLOOR, SimilarityFn
 from tileloss.tiled.matmul import accumulate, multiply
 from tileloss.tiled.rows import Rows
 
@@ -83,14 +83,22 @@ class Dot:
 
 
 class Cosine(Dot):
-    """Dot products of unit rows; the norms are clamped at 1e-12 inside the graph."""
+    """Dot products of unit rows; a norm below the floor is taken for the floor, a constant."""
+
+    floor = NORM_FLOOR
 
     def prepare(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.rows.unit_rows(x)
+        return self.rows.unit_rows(x, self.floor)
 
     def finish(self, dx: Tensor, x: Tensor, saved: Tensor | None, factor: float | Tensor) -> Tensor:
         assert saved is not None
-        return self.rows.unit_rows_backward(dx, x, saved, factor)
+        return self.rows.unit_rows_backward(dx, x, saved, factor, self.floor)
+
+
+class TorchCosine(Cosine):
+    """As `Cosine`, with the floor of `torch.nn.functional.cosine_similarity`."""
+
+    floor = COSINE_FLOOR
 
 
 class _NoProduct(Dot):
@@ -185,8 +193,17 @@ class RowwiseCallable(_NoProduct):
                 total.add_(gradient)
 
 
+BLOCK_SIMILARITIES: dict[str, type[Dot]] = {
+    "cosine": Cosine,
+    "torch_cosine": TorchCosine,
+    "dot": Dot,
+    "euclidean": Euclidean,
+    "manhattan": Manhattan,
+}
+
+
 def block_similarity(similarity: str | SimilarityFn, rows: Rows) -> Dot:
     """The block form of a similarity: by its name, or around a row-wise callable."""
     if not isinstance(similarity, str):
         return RowwiseCallable(rows, similarity)
-    return {"cosine": Cosine, "dot": Dot, "euclidean": Euclidean, "manhattan": Manhattan}[similarity](rows)
+    return BLOCK_SIMILARITIES[similarity](rows)
