@@ -289,3 +289,56 @@ def test_column_checks_name_what_there_is():
         find_text_columns(pair, ["a", "a"])
     listed = datasets.Dataset.from_dict({"a": ["x"], "b": ["y"], "labels": [[0.5, 1.0]]})
     assert find_label_column(listed) == "labels"
+
+
+LABELLED = [{"text": f"text {i}", "label": i % 4} for i in range(80)]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet", "saved"])
+def test_labelled_texts_are_read_and_split(tmp_path, name):
+    data = load_data(_write(tmp_path / name, LABELLED), held_out=0.3, labelled=True)
+    assert data.text_columns == ("text",)
+    assert data.group_column is None
+    assert len(data.train) + len(data.held_out) == 80
+    assert not set(data.train["text"]) & set(data.held_out["text"])
+
+
+def test_held_out_texts_of_a_label_that_is_not_learned_are_dropped(tmp_path):
+    rows = [*LABELLED, *({"text": f"rare {i}", "label": 100 + i} for i in range(50))]
+    data = load_data(_write(tmp_path / "a.jsonl", rows), held_out=0.3, labelled=True)
+    assert set(data.held_out["label"]) == {0, 1, 2, 3}
+    assert len(data.train) + len(data.held_out) < 130
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"text": "x", "kind": 3}], r"needs a column 'label'.*text, kind.*multiple_negatives_ranking"),
+        ([{"text": "x", "label": 0.5}] * 9, "one whole number for each row"),
+        ([{"text": "x", "label": [1, 0]}] * 9, "one whole number for each row"),
+        ([{"text": "x", "label": "cat"}] * 9, "class_encode_column"),
+        ([{"text": "x", "label": 1}, {"text": "y", "label": None}], "'label' has 1 missing"),
+        ([{"a": "x", "b": "y", "label": 1}] * 9, "reads one text column. Name it, with --text_columns"),
+    ],
+)
+def test_wrong_labelled_data_are_refused_with_a_remedy(tmp_path, rows, message):
+    with pytest.raises(InputError, match=message):
+        load_data(_write(tmp_path / "a.jsonl", rows), labelled=True)
+
+
+def test_labelled_texts_for_a_loss_on_pairs_are_refused_with_a_remedy(tmp_path):
+    with pytest.raises(InputError, match=r"an anchor and a positive.*--loss batch_hard"):
+        load_data(_write(tmp_path / "a.jsonl", LABELLED))
+
+
+def test_one_of_several_text_columns_is_taken_by_name(tmp_path):
+    rows = [{"title": f"t{i}", "body": f"b{i}", "label": i % 2} for i in range(40)]
+    data = load_data(_write(tmp_path / "a.jsonl", rows), text_columns=["body"], labelled=True)
+    assert data.text_columns == ("body",)
+
+
+def test_a_held_out_split_is_checked_for_labels_too(tmp_path):
+    train = datasets.Dataset.from_list(LABELLED)
+    datasets.DatasetDict({"train": train, "test": train.remove_columns("label")}).save_to_disk(tmp_path)
+    with pytest.raises(InputError, match="needs a column 'label'"):
+        load_data(str(tmp_path), labelled=True)

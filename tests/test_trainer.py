@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from tileloss.errors import InputError
-from tileloss.evaluation import RetrievalTask
+from tileloss.evaluation import LabelTask, RetrievalTask, label_metrics
 from tileloss.losses import MultipleNegativesRankingLoss
-from tileloss.similarity import dot_score
+from tileloss.similarity import SIMILARITIES, dot_score
 
 transformers = pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")
 
+from tileloss.data import Labelled  # noqa: E402
 from tileloss.encoder import Encoder, StaticEncoder, TransformerEncoder  # noqa: E402
 from tileloss.tokenizer import learn_tokenizer  # noqa: E402
 from tileloss.trainer import LOSS_FILE, EmbeddingTrainer, PairCollator  # noqa: E402
@@ -347,3 +348,120 @@ def test_mistakes_are_refused_before_training(tmp_path):
         EmbeddingTrainer(encoder, _arguments(tmp_path), loss, PAIRS.select_columns(["anchor"]))
     with pytest.raises(InputError, match="no dataset to evaluate"):
         EmbeddingTrainer(encoder, _arguments(tmp_path), loss, PAIRS).evaluate()
+
+
+# a text is one word of its label's own and one of its number: what is nearest before training is the number's
+LABELLED = datasets.Dataset.from_list(
+    [
+        {"text": f"{_word(i % 6, 'abcdefg')} {_word(i // 6, 'tuvwxyz')}", "label": i % 6, "file": i // 6}
+        for i in range(54)
+    ]
+)
+
+
+class _Mining(nn.Module):
+    """Batch-hard on cosine distances in a few lines, with what a test wants to know of its batches."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.sentence_embedder = model
+        self.batches = []
+
+    def forward(self, features, labels):
+        (column,) = features
+        embeddings = F.normalize(self.sentence_embedder(column)["sentence_embedding"])
+        self.batches.append((column["input_ids"].sum(1).tolist(), labels.tolist()))
+        distances = 1 - embeddings @ embeddings.T
+        same = labels[:, None] == labels
+        farthest = (distances * same).amax(1)
+        nearest = (distances + 4.0 * same).amin(1)
+        return F.softplus(4 * (farthest - nearest)).mean()
+
+
+def _labelled_trainer(folder, encoder=None, dataset=LABELLED, group_column=None, **changes):
+    encoder = encoder or _encoder()
+    arguments = _arguments(folder, **({"per_device_train_batch_size": 12, "dataloader_drop_last": True} | changes))
+    return EmbeddingTrainer(
+        encoder, arguments, _Mining(encoder), dataset, dataset, text_columns=("text",),
+        labelled=Labelled(per_label=4, group_column=group_column),
+    )  # fmt: skip
+
+
+def test_labelled_batches_hold_pairs_of_a_label_and_epochs_differ(tmp_path):
+    trainer = _labelled_trainer(tmp_path, num_train_epochs=3)
+    trainer.train()
+    batches = trainer.loss.batches
+    assert len(batches) == 3 * 4, "48 of 54 texts: one of nine is left out for each label, for an even number"
+    for _, labels in batches:
+        assert all(labels.count(label) >= 2 for label in labels)
+        assert len(set(labels)) >= 2
+    first, second = batches[:4], batches[4:8]
+    assert first != second
+
+
+def test_training_on_labels_brings_them_together_and_evaluation_shows_it(tmp_path):
+    trainer = _labelled_trainer(tmp_path, num_train_epochs=12)
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert before["eval_accuracy@1"] < 0.7
+    assert after["eval_accuracy@1"] > 0.9
+    assert after["eval_map@r"] > before["eval_map@r"]
+    assert after["eval_candidates"] == 54
+
+
+def test_neighbours_are_looked_for_outside_the_group(tmp_path):
+    encoder = _encoder()
+    embeddings = encoder.encode(LABELLED["text"])
+    measured = []
+    for group_column in (None, "file"):
+        trainer = _labelled_trainer(tmp_path, encoder, group_column=group_column)
+        task = LabelTask.from_dataset(LABELLED, "text", "label", group_column)
+        expected = label_metrics(embeddings, task.labels, task.groups)
+        metrics = trainer.evaluate()
+        assert {name: metrics[f"eval_{name}"] for name in expected} == pytest.approx(expected)
+        measured.append(metrics["eval_accuracy@1"])
+    assert measured[0] != measured[1]
+
+
+def test_neighbours_are_ranked_by_the_distance_of_the_loss(tmp_path):
+    def euclidean_distance(embeddings):
+        return torch.cdist(embeddings, embeddings)
+
+    encoder = _encoder()
+    with torch.no_grad():
+        encoder.embeddings.weight.mul_(torch.rand(len(TOKENIZER), 1).exp().square())
+    trainer = _labelled_trainer(tmp_path, encoder)
+    cosine = trainer.evaluate()["eval_map@r"]
+    trainer.loss.distance_metric = euclidean_distance
+    euclidean = trainer.evaluate()["eval_map@r"]
+    embeddings = encoder.encode(LABELLED["text"])
+    labels = torch.tensor(LABELLED["label"])
+    assert cosine == pytest.approx(label_metrics(embeddings, labels)["map@r"])
+    assert euclidean == pytest.approx(label_metrics(embeddings, labels, None, SIMILARITIES["euclidean"])["map@r"])
+    assert cosine != euclidean
+
+
+@pytest.mark.parametrize("step", [4, 6])
+def test_a_resumed_labelled_run_draws_the_batches_that_were_left(tmp_path, step):
+    def run(folder):
+        return _labelled_trainer(folder, save_strategy="steps", save_steps=step, lr_scheduler_type="constant", max_steps=11)  # fmt: skip  # noqa: E501
+
+    whole = run(tmp_path / "whole")
+    whole.train()
+    resumed = run(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+    assert resumed.loss.batches == whole.loss.batches[step:]
+    assert torch.equal(resumed._loss_model.embeddings.weight, whole._loss_model.embeddings.weight)
+
+
+def test_mistakes_with_labels_are_refused_before_training(tmp_path):
+    for dataset, changes, message in [
+        (LABELLED.remove_columns("label"), {}, "needs a column 'label'"),
+        (LABELLED, {"per_device_train_batch_size": 52}, "48 rows are less than one batch of 52"),
+        (LABELLED, {"per_device_train_batch_size": 13}, "even number"),
+        (LABELLED, {"per_device_train_batch_size": 6}, "holds no two labels of 4 texts"),
+        (LABELLED.filter(lambda row: row["label"] == 0), {}, "two labels with two examples"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            _labelled_trainer(tmp_path, dataset=dataset, **changes)

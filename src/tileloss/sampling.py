@@ -42,8 +42,9 @@ class LabelGroupedSampler(Sampler[int]):
     Time and memory are linear in the number of examples.
 
     >>> labels = [7, 9, 7, 9]
-    >>> [labels[position] for position in LabelGroupedSampler(labels, batch_size=4, per_label=2)]
-    [7, 7, 9, 9]
+    >>> first, second, third, fourth = LabelGroupedSampler(labels, batch_size=4, per_label=2)
+    >>> labels[first] == labels[second], labels[second] == labels[third]
+    (True, False)
     """
 
     def __init__(self, labels: Sequence[int] | Tensor, batch_size: int, per_label: int = 8, seed: int = 0) -> None:
