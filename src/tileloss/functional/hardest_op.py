@@ -104,10 +104,7 @@ def _through_definition(
     with full_precision(queries.device.type):
         hardest, _, own = definition(queries, docs, similarity)
         wanted = [x for x, need in zip((queries, docs), needs, strict=True) if need]
-        outputs = [(y, dy) for y, dy in zip((hardest, own), gradients, strict=True) if y.requires_grad]
-        found = iter(
-            torch.autograd.grad([y for y, _ in outputs], wanted, [dy for _, dy in outputs], create_graph=True)
-        )
+        found = iter(torch.autograd.grad((hardest, own), wanted, gradients, create_graph=True))
     return [next(found) if need else None for need in needs]
 
 

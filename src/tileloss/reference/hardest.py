@@ -25,7 +25,7 @@ def hardest_negatives(
     similarities = up(measure(queries, docs))
     own = similarities.diagonal()
     if len(docs) < 2:  # of nothing there is no maximum
-        nothing = torch.full_like(own, float("-inf")).detach()
-        return nothing, torch.full_like(nothing, -1, dtype=torch.int64), own
+        nowhere = torch.full_like(own, -1, dtype=torch.int64)
+        return own.masked_fill(nowhere < 0, float("-inf")), nowhere, own
     hardest, index = similarities.diagonal_scatter(torch.full_like(own, float("-inf"))).max(dim=1)
     return hardest, index, own

@@ -99,13 +99,16 @@ def hardest_negatives_backward(
     own = torch.arange(len(queries), device=index.device)
     weights = torch.stack([d_own, d_hardest.masked_fill(index < 0, 0.0)], dim=1).to(passes.dtype)
     partners = torch.stack([own, index.clamp_min(0)], dim=1)
-    prepared = [measure.prepare(x) for x in (queries, docs)]
-    left, right = (rows for rows, _ in prepared)
-    sums = [torch.zeros(x.shape, dtype=passes.dtype, device=x.device) if n else None
-            for x, n in zip((queries, docs), needs, strict=True)]  # fmt: skip
-    passes.pull_pairs(weights, partners, left, right, *sums)
     d_queries, d_docs = (
-        None if dx is None else measure.finish(dx, rows, saved, 1.0).to(x.dtype)
-        for dx, (rows, saved), x in zip(sums, prepared, (queries, docs), strict=True)
+        torch.zeros(x.shape, dtype=passes.dtype, device=x.device) if need else None
+        for x, need in zip((queries, docs), needs, strict=True)
     )
+    with full_precision(queries.device.type):
+        left, left_saved = measure.prepare(queries)
+        right, right_saved = measure.prepare(docs)
+        passes.pull_pairs(weights, partners, left, right, d_queries, d_docs)
+        if d_queries is not None:
+            d_queries = measure.finish(d_queries, left, left_saved, 1.0).to(queries.dtype)
+        if d_docs is not None:
+            d_docs = measure.finish(d_docs, right, right_saved, 1.0).to(docs.dtype)
     return d_queries, d_docs
