@@ -150,11 +150,11 @@ def choose(
     if name == best:
         return Choice(name, f"it is the fastest on {tensor.device.type}")
     reason = obstacles[best]
-    _say_once(f"tileloss falls back from the {best!r} to the {name!r} backend: {reason}.")
+    say_once(f"tileloss falls back from the {best!r} to the {name!r} backend: {reason}.")
     return Choice(name, f"{best!r} was ruled out: {reason}")
 
 
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
     if message not in _said:
         _said.add(message)
         warnings.warn(message, FallbackWarning, stacklevel=2)

@@ -2,6 +2,7 @@
 
 from tileloss.losses.cached_multiple_negatives_ranking import CachedMultipleNegativesRankingLoss
 from tileloss.losses.cached_multiple_negatives_symmetric_ranking import CachedMultipleNegativesSymmetricRankingLoss
+from tileloss.losses.gist_embed import GISTEmbedLoss
 from tileloss.losses.mega_batch_margin import MegaBatchMarginLoss
 from tileloss.losses.multiple_negatives_ranking import MultipleNegativesRankingLoss
 from tileloss.losses.multiple_negatives_symmetric_ranking import MultipleNegativesSymmetricRankingLoss
@@ -9,6 +10,7 @@ from tileloss.losses.multiple_negatives_symmetric_ranking import MultipleNegativ
 __all__ = [
     "CachedMultipleNegativesRankingLoss",
     "CachedMultipleNegativesSymmetricRankingLoss",
+    "GISTEmbedLoss",
     "MegaBatchMarginLoss",
     "MultipleNegativesRankingLoss",
     "MultipleNegativesSymmetricRankingLoss",

@@ -63,3 +63,14 @@ GAO_2021 = """
     url={https://arxiv.org/abs/2101.06983},
 }
 """
+
+SOLATORIO_2024 = """
+@misc{solatorio2024gistembed,
+    title={GISTEmbed: Guided In-sample Selection of Training Negatives for Text Embedding Fine-tuning},
+    author={Aivin V. Solatorio},
+    year={2024},
+    eprint={2402.16829},
+    archivePrefix={arXiv},
+    primaryClass={cs.LG}
+}
+"""

@@ -101,7 +101,7 @@ class MultipleNegativesRankingLoss(nn.Module):
         if len(embeddings) < 2:
             raise ShapeError(f"Expected at least 2 embeddings, got {len(embeddings)}: a query and a positive column.")
         if self.gather_across_devices:
-            _check_single_process()
+            check_single_process()
         queries, *docs = embeddings
         self._check_columns(queries, docs)
         loss, self.stats = contrastive_loss_with_stats(
@@ -168,7 +168,7 @@ class MultipleNegativesRankingLoss(nn.Module):
         return citations.OORD_2019
 
 
-def _check_single_process() -> None:
+def check_single_process() -> None:
     """Gathering changes nothing in one process, and is refused, rather than left out silently, in several."""
     if not (dist.is_available() and dist.is_initialized()):
         logger.warning("gather_across_devices=True without an initialised process group: the local batch is used.")
