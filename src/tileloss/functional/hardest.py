@@ -30,7 +30,7 @@ class HardestNegatives(NamedTuple):
     """
 
     similarity: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides a method of tuples, which nobody misses
     positive_similarity: Tensor
 
 

@@ -94,10 +94,10 @@ class MegaBatchMarginLoss(nn.Module):
         *,
         with_backward: bool = False,
     ) -> Tensor:
-        """The loss (0-dim) of embeddings that come in mini-batches; `with_backward` back-propagates and detaches it."""
+        """The loss (0-dim) of embeddings in mini-batches; `with_backward` back-propagates and detaches it."""
         loss = self.compute_loss_from_embeddings([torch.cat(list(column)) for column in reps], labels)
         if with_backward:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             loss = loss.detach()
         return loss
 
@@ -119,6 +119,6 @@ class MegaBatchMarginLoss(nn.Module):
 def _check_columns(columns: Sequence[Any]) -> None:
     if len(columns) != 2:
         raise ShapeError(
-            f"MegaBatchMarginLoss expects exactly 2 input columns, (anchor, positive), but got {len(columns)}. Its "
-            "negatives are the positives of the other anchors; MultipleNegativesRankingLoss takes columns of negatives."
+            f"MegaBatchMarginLoss expects exactly 2 input columns, (anchor, positive), but got {len(columns)}. The "
+            "positives of other anchors are its negatives; MultipleNegativesRankingLoss takes columns of negatives."
         )
