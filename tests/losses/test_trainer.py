@@ -66,6 +66,7 @@ def train(kind: type, folder: Path, columns: int, **options: Any) -> tuple[list[
             },
         ),
         ("MultipleNegativesSymmetricRankingLoss", 3, {}),
+        ("MegaBatchMarginLoss", 2, {"use_mini_batched_version": False}),
     ],
 )
 def test_logged_losses_are_those_of_the_stock_class(
