@@ -55,6 +55,13 @@ def test_texts_of_a_label_come_together_and_labels_are_spread_over_the_epoch():
         assert max(counts.values()) <= 24
 
 
+def test_a_small_label_lasts_as_long_as_a_large_one():
+    labels = torch.tensor([0] * 32 + [1] * 320)
+    for seed in range(5):
+        batches = torch.tensor(list(LabelGroupedSampler(labels, 88, 4, seed))).view(4, 88)
+        assert all(4 <= (labels[batch] == 0).sum() <= 12 for batch in batches)
+
+
 def test_one_seed_and_epoch_is_one_order():
     first, second, other = (LabelGroupedSampler(LABELS, 16, 8, seed) for seed in (1, 1, 2))
     assert list(first) == list(first) == list(second)

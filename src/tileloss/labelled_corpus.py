@@ -56,15 +56,12 @@ def split_packages(pairs: Iterable[Pair], held_out: float) -> dict[str, tuple[li
     for pair in pairs:
         by_package[pair.package].append(pair)
     splits = {package: split_package(by_package[package], held_out) for package in sorted(by_package)}
+    # one module of many functions may have taken all the places of the held-out ones
     return {
-        package: split
-        for package, split in splits.items()
-        if split and len(split[0]) >= 2 and _has_neighbours(split[1])
+        package: (train, test)
+        for package, (train, test) in splits.items()
+        if len(train) > 1 and len({pair.module for pair in test}) > 1
     }
-
-
-def _has_neighbours(pairs: Sequence[Pair]) -> bool:
-    return len({pair.module for pair in pairs}) > 1
 
 
 def labelled_corpus(
