@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import tileloss.losses
 from tileloss.backend import use_backend
-from tileloss.bench.workloads import Case, Workload
+from tileloss.bench.workloads import Case, Given, Workload
 
 Loss = Callable[[list[Tensor]], Tensor]
 
@@ -85,8 +85,18 @@ def floor_steps(case: Case, embeddings: Sequence[Tensor]) -> Steps:
 
 
 def _tileloss(workload: Workload) -> Loss:
-    loss = getattr(tileloss.losses, workload.loss)(nn.Identity(), **workload.options)
-    return lambda columns: loss.compute_loss_from_embeddings(columns, workload.labels(columns[0]))
+    return _of_class(getattr(tileloss.losses, workload.loss), workload)
+
+
+def _of_class(loss_class: type[nn.Module], workload: Workload) -> Loss:
+    """The loss on embeddings that are given, of a class of ours or of sentence-transformers."""
+    if workload.guided:
+        guided = loss_class(Given("sentence_embedding"), Given("guide_embedding"), **workload.options)
+        return lambda columns: guided(workload.features(columns), None)
+    loss = loss_class(nn.Identity(), **workload.options)
+    if not hasattr(loss, "compute_loss_from_embeddings"):
+        return lambda columns: loss(workload.features(columns), None)
+    return lambda columns: loss.compute_loss_from_embeddings(columns, workload.labels(columns[0]))  # type: ignore[operator]
 
 
 def _tileloss_on(backend: str) -> Callable[[Workload], Loss]:
@@ -115,8 +125,7 @@ def _compiled(workload: Workload) -> Loss:
 def _sentence_transformers(workload: Workload) -> Loss:
     from sentence_transformers.sentence_transformer import losses
 
-    loss = getattr(losses, workload.loss)(nn.Identity(), **workload.options)
-    return lambda columns: loss.compute_loss_from_embeddings(columns, workload.labels(columns[0]))
+    return _of_class(getattr(losses, workload.loss), workload)
 
 
 def _metric_learning(workload: Workload) -> Loss:

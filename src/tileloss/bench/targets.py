@@ -53,6 +53,7 @@ TARGETS = (
     Target("batch_hard", 4096, speed_up=4.0, memory=1 / 5),
     Target("semi_hard", 2048, speed_up=5.0, memory=1 / 5),
     Target("mega_batch", 4096, speed_up=2.5, memory=1 / 4),
+    Target("gist", 256, speed_up=100.0, memory=1 / 50),
     Target("batch_all", 64, speed_up=1.0),
     Target("batch_hard", 64, speed_up=1.0),
     Target("semi_hard", 64, speed_up=1.0),

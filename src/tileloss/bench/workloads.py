@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 SCALE = 20.0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -49,6 +49,7 @@ class Workload:
         options: the constructor's keyword arguments besides the model.
         columns: how many (B, D) embedding matrices the loss takes: queries, positives, then hard negatives.
         per_class: how many rows carry each label, for losses of one column and labels; None for those without.
+        guided: whether the loss takes a guide's embeddings beside the model's, and so a guide in its constructor.
         matrices: how many B x M matrices a materialised form holds at once: a guess, used until it is measured.
         plain: the same loss in a few lines of PyTorch, a function of the columns; None where nobody wrote one.
     """
@@ -59,12 +60,49 @@ class Workload:
     options: Mapping[str, Any] = field(default_factory=dict)
     columns: int = 2
     per_class: int | None = None
+    guided: bool = False
     matrices: int = 5
     plain: Callable[[Sequence[Tensor]], Tensor] | None = None
 
     def labels(self, embeddings: Tensor) -> Tensor | None:
         """Labels (B,) for embeddings (B, D), the classes in turn; None for a loss without labels."""
         return None if self.per_class is None else _labels(len(embeddings), self.per_class, embeddings.device)
+
+    def features(self, columns: Sequence[Tensor]) -> list[dict[str, Any]]:
+        """Feature dicts for models that hand embeddings through: of each column the model's, and the guide's if any."""
+        queries, *docs = columns
+        if not self.guided:
+            return [{"sentence_embedding": own} for own in columns]
+        guide = _guide_embeddings(queries.shape, len(docs), queries.dtype, queries.device)
+        return [
+            {"sentence_embedding": own, "guide_embedding": guided} for own, guided in zip(columns, guide, strict=True)
+        ]
+
+
+class Given(nn.Module):
+    """A model whose embeddings come with the features; with a tokenizer, which guided losses ask for."""
+
+    max_seq_length = 512
+
+    def __init__(self, key: str) -> None:
+        from tokenizers import Tokenizer
+        from tokenizers.models import WordLevel
+        from transformers import PreTrainedTokenizerFast
+
+        super().__init__()
+        self.key = key
+        self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"[UNK]": 0}, "[UNK]")))
+
+    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+        return {"sentence_embedding": features[self.key]}
+
+
+@functools.cache
+def _guide_embeddings(shape: torch.Size, docs: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """What a guide makes of the texts: pairs that are alike, so that it rules out a few negatives."""
+    generator = torch.Generator(device).manual_seed(1)
+    queries, *others = (torch.randn(shape, dtype=dtype, device=device, generator=generator) for _ in range(1 + docs))
+    return [queries, *(0.1 * queries + noise for noise in others)]
 
 
 @functools.cache
@@ -123,6 +161,7 @@ WORKLOADS = {
             per_class=8,
             matrices=18,
         ),
+        Workload("gist", "guided in-batch negatives", "GISTEmbedLoss", guided=True, matrices=6),
         Workload(
             "mega_batch",
             "mega-batch margin",
