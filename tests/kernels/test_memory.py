@@ -13,8 +13,9 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from tileloss import tiled
 from tileloss.kernels import TritonPasses, launch
+from tileloss.kernels.hardest import TritonHardest
 from tileloss.spec import ContrastiveSpec
-from tileloss.tiled import Needs, matmul
+from tileloss.tiled import Needs, hardest, matmul
 
 SIZE, WIDTH = 32_768, 768
 
@@ -23,7 +24,8 @@ SIZE, WIDTH = 32_768, 768
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matmul, "_WIDE_RESULT_DEVICES", ("meta",))
     driver = importlib.import_module("tileloss.tiled.contrastive")
-    monkeypatch.setattr(driver, "full_precision", lambda _: nullcontext())  # meta knows no autocast
+    for module in (driver, hardest):
+        monkeypatch.setattr(module, "full_precision", lambda _: nullcontext())  # meta knows no autocast
     monkeypatch.setattr(launch, "Launch", lambda *_: None)  # a record would keep its tensors alive
 
 
@@ -36,7 +38,21 @@ def test_at_most_500_megabytes_beside_inputs_and_gradients(dtype: torch.dtype, d
     with launch.recorded(shared_memory=227 << 10), tracker:
         spec = ContrastiveSpec(directions=directions)
         tiled.contrastive_loss(queries, docs, 20.0, spec, None, None, Needs(True, True, False), TritonPasses)
+    assert 100e6 < peak_of(tracker) - (queries.nbytes + docs.nbytes) <= 500e6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_hardest_negatives_take_no_more(dtype: torch.dtype) -> None:
+    queries, docs = torch.empty(2, SIZE, WIDTH, dtype=dtype, device="meta")
+    tracker = MemTracker()
+    with launch.recorded(shared_memory=227 << 10), tracker:
+        found, index, own = hardest.hardest_negatives(queries, docs, "cosine", TritonHardest)
+        hardest.hardest_negatives_backward(found, own, queries, docs, index, "cosine", [True, True], TritonHardest)
+    assert 100e6 < peak_of(tracker) - (queries.nbytes + docs.nbytes) <= 500e6
+
+
+def peak_of(tracker: MemTracker) -> int:
     (peak,) = (
         found["Total"] for device, found in tracker.get_tracker_snapshot("peak").items() if device.type == "meta"
     )
-    assert 100e6 < peak - (queries.nbytes + docs.nbytes) <= 500e6
+    return peak
