@@ -1,4 +1,4 @@
-"""What only a GPU can show of the hardest negatives: full-size tiles, the same bits twice, memory, silence, big offsets.
+"""What only a GPU can show of the hardest negatives: full-size tiles, the same bits twice, memory, silence, offsets.
 
 Exactness over a table of shapes is in tests/kernels, which runs there too.
 """
