@@ -3,7 +3,7 @@
 Problem: a loss with in-batch negatives needs all embeddings of a batch at once, and autograd would then hold the
 activations of all of them. Method (Gao et al. 2021, arXiv 2101.06983): embed in mini-batches without a graph; compute
 the loss and its gradients with respect to the embeddings; in the backward pass embed every mini-batch again, this time
-with a graph, and push the kept gradient of its embeddings through it at once. Random state is replayed, so that dropout
+with a graph, and push the kept gradient of its embeddings through it at once. Random state is replayed: dropout
 draws the same masks both times. The price is a second forward pass of the model.
 
 The loss that is returned is a leaf whose backward hook does the second half. So `loss.backward()` works as ever, and
@@ -189,6 +189,7 @@ def backward_by_columns(
     del columns
     loss = compute(leaves)
     loss.backward()
+    computed: list[tuple[Tensor, Tensor]] = []
     for leaf, parts in zip(leaves, reps, strict=True):
         if leaf.grad is None:
             continue
@@ -196,7 +197,9 @@ def backward_by_columns(
             if part.is_leaf and part.grad is None:
                 part.grad = gradient
             else:
-                part.backward(gradient)
+                computed.append((part, gradient))
+    if computed:  # at once: they may share a graph
+        torch.autograd.backward(*zip(*computed, strict=True))
     return loss.detach()
 
 
