@@ -164,28 +164,37 @@ def make_loss(
     learn from labels ("euclidean", "cosine"). `margin` and `distance` are arguments too, where they are not None.
 
     Raises:
-        InputError: for an unknown loss or argument, one that is given twice, or options that are no JSON object.
+        InputError: for an unknown loss or argument, one that is missing or given twice, or options that are no JSON
+            object.
     """
-    name = loss_class(name)
+    kind = getattr(losses, loss_class(name))
+    arguments = _json_object(options)
+    parameters = {key: value for key, value in inspect.signature(kind).parameters.items() if key != "model"}
+    known = f"{kind.__name__} has no argument {{!r}}. It has: {', '.join(parameters)}."
+    if unknown := sorted(arguments.keys() - parameters.keys()):
+        raise InputError(f"--loss_options: {known.format(unknown[0])}")
+    for option, argument, value in (("margin", "margin", margin), ("distance", "distance_metric", distance)):
+        if value is None:
+            continue
+        if argument not in parameters:
+            raise InputError(f"--{option} {value}: {known.format(argument)}")
+        if argument in arguments:
+            raise InputError(f"{argument!r} is given twice, as --{option} and in --loss_options; leave one out.")
+        arguments[argument] = value
+    needed = [key for key, value in parameters.items() if value.default is value.empty and key not in arguments]
+    if needed:
+        raise InputError(f"--loss {name} needs {needed[0]!r}: give it in --loss_options, or train from Python.")
+    return kind(model, **(arguments | _named_functions(kind.__name__, arguments)))
+
+
+def _json_object(options: str) -> dict[str, Any]:
     try:
         arguments = json.loads(options)
     except json.JSONDecodeError as error:
         raise InputError(f"--loss_options {options!r} is no JSON: {error}.") from error
     if not isinstance(arguments, dict):
         raise InputError(f'--loss_options must be a JSON object such as {{"scale": 30}}, got {options!r}.')
-    kind = getattr(losses, name)
-    known = [parameter for parameter in inspect.signature(kind).parameters if parameter != "model"]
-    if unknown := sorted(set(arguments) - set(known)):
-        raise InputError(f"--loss_options: {name} has no argument {unknown[0]!r}. It has: {', '.join(known)}.")
-    for option, argument, value in (("margin", "margin", margin), ("distance", "distance_metric", distance)):
-        if value is None:
-            continue
-        if argument not in known:
-            raise InputError(f"--{option} {value}: {name} has no argument {argument!r}. It has: {', '.join(known)}.")
-        if argument in arguments:
-            raise InputError(f"{argument!r} is given twice, as --{option} and in --loss_options; leave one out.")
-        arguments[argument] = value
-    return kind(model, **(arguments | _named_functions(name, arguments)))
+    return arguments
 
 
 def _named_functions(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
