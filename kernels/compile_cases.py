@@ -17,7 +17,10 @@ from tileloss.guide import Guide
 from tileloss.kernels.chosen_pairs import pull_pairs
 from tileloss.kernels.hardest import TritonHardest
 from tileloss.kernels.launch import Launch, recorded
+from tileloss.kernels.pairwise import pairwise_matrix
+from tileloss.kernels.pairwise_backward import pairwise_matrix_backward
 from tileloss.kernels.passes import TritonPasses
+from tileloss.metrics import METRICS
 from tileloss.spec import ContrastiveSpec
 from tileloss.tiled.passes import Problem
 from tileloss.tiled.tile import Tile
@@ -62,7 +65,7 @@ def record_cases(gpu: Gpu) -> Iterator[tuple[str, Launch]]:
 
     The name of a case says "default" where all configurations of a kernel are to be compiled, not the first one alone.
     """
-    for primitive in (contrastive_cases, hardest_cases):
+    for primitive in (contrastive_cases, hardest_cases, pairwise_cases):
         yield from primitive(gpu)
 
 
@@ -131,3 +134,24 @@ def hardest_cases(gpu: Gpu) -> Iterator[tuple[str, Launch]]:
         with recorded(gpu.shared_memory) as launches:
             pull_pairs(weights, partners, queries, docs, *sums, norms=True)
         yield from ((f"{name}, norms", found) for found in launches)
+
+
+def pairwise_cases(gpu: Gpu) -> Iterator[tuple[str, Launch]]:
+    """Every metric there and back, between two matrices and within one."""
+    cases = [("float32 ieee", torch.float32, "highest"), ("bfloat16", torch.bfloat16, "highest")]
+    cases.append(("float16", torch.float16, "highest"))
+    if gpu.target.backend != "hip":
+        cases.append(("float32 tf32", torch.float32, "high"))
+    before = torch.get_float32_matmul_precision()
+    for name, dtype, precision in cases:
+        torch.set_float32_matmul_precision(precision)
+        for metric in METRICS:
+            for within in (False, True):
+                a = torch.empty(SIZE, WIDTH, dtype=dtype, device="meta")
+                b = None if within else torch.empty(DOCS, WIDTH, dtype=dtype, device="meta")
+                with recorded(gpu.shared_memory) as launches:
+                    matrix = pairwise_matrix(a, b, metric, False)
+                    pairwise_matrix_backward(matrix, a, b, matrix, metric, False, (True, True))
+                feature = "within" if within else "default" if metric in ("euclidean", "manhattan") else "two"
+                yield from ((f"{name}, {metric}, {feature}", found) for found in launches)
+    torch.set_float32_matmul_precision(before)

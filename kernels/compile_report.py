@@ -37,6 +37,7 @@ from tileloss.kernels.compile_cases import COVERED, GPUS, record_cases
 from tileloss.kernels.launch import Launch
 
 GEMM = "normalisers_fwd_kernel"
+GEMMS = (GEMM, "pairwise_fwd_kernel", "pairwise_bwd_kernel")
 MATRIX_INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync", "mfma": "v_mfma"}
 TYPE_NAMES = {
     torch.float32: "fp32",
@@ -88,7 +89,7 @@ class Row:
             return f"spills {self.spilled_bytes} bytes"
         if self.is_default and self.shared_bytes > GPUS[self.gpu].shared_memory:
             return f"needs {self.shared_bytes} bytes of shared memory of {GPUS[self.gpu].shared_memory}"
-        if self.kernel == GEMM and not ("ieee" in self.case and GPUS[self.gpu].target.backend == "cuda"):
+        if self.kernel in GEMMS and not ("ieee" in self.case and GPUS[self.gpu].target.backend == "cuda"):
             wanted = ["wgmma"] if self.gpu == "sm_90" else list(MATRIX_INSTRUCTIONS)
             if self.matrix not in wanted:
                 return f"has {self.matrix or 'no'} matrix instructions, expected {' or '.join(wanted)}"

@@ -25,6 +25,10 @@ def test_every_kernel_is_in_it(gpu: str) -> None:
         "hardest_fwd_kernel",
         "chosen_pairs_gather_bwd_kernel",
         "chosen_pairs_collect_bwd_kernel",
+        "pairwise_fwd_kernel",
+        "pairwise_bwd_kernel",
+        "manhattan_fwd_kernel",
+        "manhattan_bwd_kernel",
     }
     for kernel in {job.kernel for job in jobs}:
         assert any(job.is_default for job in jobs if job.kernel == kernel)
