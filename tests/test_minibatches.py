@@ -114,7 +114,7 @@ def test_what_cannot_be_cut_is_refused() -> None:
     with pytest.raises(InputError, match="mini_batch_size must be a positive integer, got 0"):
         mini_batch_ranges(padded(LENGTHS), 0)
     for module in (mini_batch_ranges, oracle._minibatch_ranges):
-        with pytest.raises(ValueError, match="neither 'cu_seq_lens_q'.* nor 'attention_mask'"):
+        with pytest.raises(ValueError, match=r"neither 'cu_seq_lens_q'.* nor 'attention_mask'"):
             module({"input_ids": torch.zeros(3, 2)}, 2, 5)
     with pytest.raises(ShapeError, match="no tensor with a row per example"):
         row_count({"modality": "text"})

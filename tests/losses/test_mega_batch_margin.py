@@ -124,9 +124,59 @@ def test_calls_refuse_what_the_oracle_refuses() -> None:
             MegaBatchMarginLoss(Identity(), use_mini_batched_version=False)(features, None)
 
 
-def test_the_mini_batched_version_says_what_to_use_instead() -> None:
-    with pytest.raises(NotImplementedError, match="use_mini_batched_version=False"):
-        MegaBatchMarginLoss(Identity())
+def train_once(kind: type, model: Any, features: list[dict[str, Any]], **options: Any) -> list[Tensor]:
+    """The value of one step of the mini-batched form, and the gradients of the model."""
+    torch.manual_seed(2)
+    value = kind(model, **options)([dict(x) for x in features], None)
+    assert value.is_leaf
+    (value / 2).backward()
+    return [value.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("options", [{}, {"mini_batch_size": 7}, {"mini_batch_num_tokens": 40}], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.double, 1e-8), (torch.float32, 2e-4)], ids=str)
+def test_the_mini_batched_version_trains_as_the_oracles(
+    options: dict[str, int], dtype: torch.dtype, tolerance: float, tiny_encoder: Any, texts: Any, backend: str
+) -> None:
+    """A transformer with dropout, in training mode; twice the batch, so that 50 is a mini-batch as well."""
+    results = []
+    for kind in (MegaBatchMarginLoss, oracle.MegaBatchMarginLoss):
+        model = tiny_encoder().to(dtype)
+        features = [model.preprocess(texts(60, seed)) for seed in (0, 1)]
+        results.append(train_once(kind, model, features, **options))
+    largest = max(x.norm() for x in results[1])
+    for a, b in zip(*results, strict=True):
+        assert (a - b).norm() <= tolerance * (b.norm() + 1e-3 * largest)
+
+
+def test_the_mini_batched_version_is_the_whole_batchs(tiny_encoder: Any, texts: Any, backend: str) -> None:
+    model = tiny_encoder().double().eval()
+    features = [model.preprocess(texts(20, seed)) for seed in (0, 1)]
+    _, *found = train_once(MegaBatchMarginLoss, model, features, mini_batch_size=6)
+    model.zero_grad()
+    (MegaBatchMarginLoss(model, use_mini_batched_version=False)(features, None) / 2).backward()
+    expected = [p.grad for p in model.parameters() if p.grad is not None]
+    largest = max(x.norm() for x in expected)
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).norm() <= 1e-8 * (b.norm() + 1e-3 * largest)
+
+
+def test_wrong_columns_are_refused_before_the_cache_embeds_them() -> None:
+    for kind in (MegaBatchMarginLoss, oracle.MegaBatchMarginLoss):
+        with pytest.raises(ValueError, match="expects exactly 2 input columns"):
+            kind(nn.Sequential(Identity()))([{}] * 3, None)
+    with pytest.raises(ShapeError, match="empty"):
+        MegaBatchMarginLoss(Identity())([{"sentence_embedding": torch.randn(0, 3)}] * 2, None)
+
+
+def test_static_embeddings_have_no_mini_batches() -> None:
+    class StaticEmbedding(nn.Identity):
+        """Known by its name."""
+
+    model = nn.Sequential(StaticEmbedding())
+    with pytest.raises(InputError, match="not compatible with a SentenceTransformer model based on a StaticEmbedding"):
+        MegaBatchMarginLoss(model)
+    MegaBatchMarginLoss(model, use_mini_batched_version=False)
 
 
 @pytest.mark.parametrize("tokens", [0, -1])
@@ -138,10 +188,10 @@ def test_mini_batch_num_tokens_must_be_positive(tokens: int) -> None:
         MegaBatchMarginLoss(Identity(), use_mini_batched_version=False, mini_batch_num_tokens=tokens)
 
 
-@pytest.mark.parametrize("options", [(), (0.7, 0.1, False, 16, 512, True)])
+@pytest.mark.parametrize("options", [(), (0.7, 0.1, False, 16, 512, True), (0.7, 0.1, True)])
 def test_settings_are_the_oracles(options: tuple[Any, ...]) -> None:
-    named = {} if options else {"use_mini_batched_version": False}
-    loss, theirs = (kind(Identity(), *options, **named) for kind in (MegaBatchMarginLoss, oracle.MegaBatchMarginLoss))
+    model = nn.Sequential(Identity())  # the oracle looks at a model's first module
+    loss, theirs = (kind(model, *options) for kind in (MegaBatchMarginLoss, oracle.MegaBatchMarginLoss))
     assert list(loss.get_config_dict().items()) == list(theirs.get_config_dict().items())
     assert re.search(r"@\w+\{(\S+),", loss.citation)[1] == re.search(r"@\w+\{(\S+),", theirs.citation)[1]  # type: ignore[index]
     for name in (*theirs.get_config_dict(), "show_progress_bar", "uses_gradient_cache"):

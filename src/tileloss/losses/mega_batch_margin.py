@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tileloss.errors import InputError, ShapeError
 from tileloss.functional import hardest_negatives
+from tileloss.gradcache import GradCache, backward_by_columns
 from tileloss.losses import citations
 from tileloss.losses.columns import embed_columns
+from tileloss.losses.static_embeddings import reads_static_embeddings
+from tileloss.minibatches import check_mini_batch_num_tokens
 
 
-class MegaBatchMarginLoss(nn.Module):
+class MegaBatchMarginLoss(GradCache):
     """A pair should be more similar than one margin, an anchor and its hardest negative less than another.
 
     Drop-in for sentence-transformers' class of this name: the same arguments, columns, values and gradients, without
@@ -30,18 +32,24 @@ class MegaBatchMarginLoss(nn.Module):
         model: maps a feature dict to one that holds "sentence_embedding" (B, D), such as a SentenceTransformer.
         positive_margin: what the similarity of a pair should exceed.
         negative_margin: what the similarity of an anchor with its hardest negative should stay below.
-        use_mini_batched_version: embed in mini-batches with a gradient cache. Not available yet: construct the loss
-            with False, which gives the same value and gradients.
-        mini_batch_size: of the mini-batched version, and without effect here, where no setting bounds the memory.
-        mini_batch_num_tokens: of the mini-batched version.
-        show_progress_bar: of the mini-batched version.
+        use_mini_batched_version: embed in mini-batches, with a gradient cache (see `tileloss.gradcache`): the same
+            value and gradients in the activation memory of one mini-batch, for a second forward pass of the model.
+            The returned loss is then a leaf tensor, whose `backward()` is the only way to the parameters.
+        mini_batch_size: texts that are embedded at a time. It does not bound the memory of the loss itself, which is
+            linear in the batch without any setting.
+        mini_batch_num_tokens: if set, embed as many texts at a time as have this many tokens, padding not counted.
+        show_progress_bar: show the progress of the embedding, by tqdm.
+
+    Attributes:
+        uses_gradient_cache: whether this is the mini-batched version.
 
     Raises:
-        NotImplementedError: at construction, for the mini-batched version.
-        InputError (a ValueError): for options that are none of these, other than two columns, or an empty batch.
+        InputError (a ValueError): at construction, for options that are none of these, or for the mini-batched
+            version of a model with static embeddings; at the call, for a mini-batch without rows.
+        ShapeError: at the call, for other than two columns, or an empty batch.
         ShapeError, DtypeError, DeviceError: at the call, for embeddings that do not fit together.
 
-    >>> loss = MegaBatchMarginLoss(model, use_mini_batched_version=False)  # doctest: +SKIP
+    >>> loss = MegaBatchMarginLoss(model, mini_batch_size=64)  # doctest: +SKIP
     >>> loss([anchor_features, positive_features], None).backward()  # doctest: +SKIP
     """
 
@@ -56,13 +64,13 @@ class MegaBatchMarginLoss(nn.Module):
         show_progress_bar: bool = False,
     ) -> None:
         super().__init__()
-        if mini_batch_num_tokens is not None and mini_batch_num_tokens <= 0:
-            raise InputError("mini_batch_num_tokens must be a positive integer or None.")
-        if use_mini_batched_version:
-            raise NotImplementedError(
-                "MegaBatchMarginLoss has no mini-batched version yet. Pass use_mini_batched_version=False: it gives "
-                "the same value and gradients, computed in tiles from embeddings of the whole batch at once."
+        if use_mini_batched_version and reads_static_embeddings(model):
+            raise InputError(
+                "The mini-batched MegaBatchMarginLoss is not compatible with a SentenceTransformer model based on a "
+                "StaticEmbedding, whose inputs have no row for each text to cut mini-batches from. Pass "
+                "use_mini_batched_version=False, which such a model leaves room enough for."
             )
+        check_mini_batch_num_tokens(mini_batch_num_tokens)
         self.model = model
         self.positive_margin = positive_margin
         self.negative_margin = negative_margin
@@ -73,8 +81,23 @@ class MegaBatchMarginLoss(nn.Module):
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
         """The loss (0-dim) of one batch: a feature dict for each column, in the order anchor, positive."""
+        run = self.forward_mini_batched if self.uses_gradient_cache else self.forward_non_mini_batched
+        return run(sentence_features, labels)
+
+    def forward_mini_batched(
+        self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None
+    ) -> Tensor:
+        """As `forward`, by the gradient cache."""
         columns = list(sentence_features)
         _check_columns(columns)  # before anything is embedded
+        return self.forward_cached(columns, labels)
+
+    def forward_non_mini_batched(
+        self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None
+    ) -> Tensor:
+        """As `forward`, in one pass of the model for each column."""
+        columns = list(sentence_features)
+        _check_columns(columns)
         return self.compute_loss_from_embeddings(embed_columns(self.model, columns), labels)
 
     def compute_loss_from_embeddings(self, embeddings: Sequence[Tensor], labels: Tensor | None = None) -> Tensor:
@@ -95,11 +118,9 @@ class MegaBatchMarginLoss(nn.Module):
         with_backward: bool = False,
     ) -> Tensor:
         """The loss (0-dim) of embeddings in mini-batches; `with_backward` back-propagates and detaches it."""
-        loss = self.compute_loss_from_embeddings([torch.cat(list(column)) for column in reps], labels)
-        if with_backward:
-            loss.backward()
-            loss = loss.detach()
-        return loss
+        return backward_by_columns(
+            lambda columns: self.compute_loss_from_embeddings(columns, labels), reps, with_backward
+        )
 
     def get_config_dict(self) -> dict[str, Any]:
         """The settings, as a model card shows them; keys and values are sentence-transformers'."""
