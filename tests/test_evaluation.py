@@ -152,3 +152,5 @@ def test_a_label_task_has_each_text_once():
     assert task.labels.tolist() == [3, 4, 3]
     assert task.groups[0] == task.groups[2] != task.groups[1]
     assert LabelTask.from_dataset(dataset, "text", "label").groups.unique().numel() == 3
+    with pytest.raises(InputError, match="no column 'folder' of groups, only text, label, file"):
+        LabelTask.from_dataset(dataset, "text", "label", "folder")

@@ -131,7 +131,13 @@ class LabelTask:
 
     @classmethod
     def from_dataset(cls, dataset: Dataset, text: str, label: str, group: str | None = None) -> LabelTask:
-        """The task that a dataset with a text and a label column poses; of a repeated text the first row counts."""
+        """The task that a dataset with a text and a label column poses; of a repeated text the first row counts.
+
+        Raises:
+            InputError: when there is no such group column.
+        """
+        if group is not None and group not in dataset.column_names:
+            raise InputError(f"There is no column {group!r} of groups, only {', '.join(dataset.column_names)}.")
         rows: dict[str, int] = {}
         for row, value in enumerate(dataset[text]):
             rows.setdefault(value, row)

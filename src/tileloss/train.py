@@ -117,12 +117,9 @@ def run(job: TrainJob, args: TrainArguments) -> dict[str, Any]:
         "loss_step": {name: asdict(cost) for name, cost in costs.items()},
         "job": asdict(job),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {
-            "tileloss": tileloss.__version__, "torch": torch.__version__,
-            "transformers": transformers.__version__, "python": platform.python_version(),
-        },
+        "versions": _versions(),
         "history": history,
-    }  # fmt: skip
+    }
     if trainer.is_world_process_zero():
         (folder / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n")
         plot_loss(history, folder / "loss.png", type(loss).__name__)
@@ -130,6 +127,13 @@ def run(job: TrainJob, args: TrainArguments) -> dict[str, Any]:
         plot(history, folder / picture, int(after["eval_candidates"]))
         print(_summary(figures, folder, unit))
     return figures
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "tileloss": tileloss.__version__, "torch": torch.__version__,
+        "transformers": transformers.__version__, "python": platform.python_version(),
+    }  # fmt: skip
 
 
 def _workers() -> int:

@@ -124,17 +124,7 @@ class EmbeddingTrainer(Trainer):
         find_labels = find_label_column if labelled is None else find_class_column
         # every set is checked, the first decides
         label_column = ([find_labels(dataset) for dataset in given] or [None])[0]
-        self._sampler = None
-        if train_dataset is not None and labelled is not None:
-            seed = args.seed if args.data_seed is None else args.data_seed
-            labels = torch.tensor(train_dataset[label_column][:])
-            self._sampler = LabelGroupedSampler(labels, args.train_batch_size, labelled.per_label, seed)
-        drawn = self._sampler or train_dataset
-        if drawn is not None and args.dataloader_drop_last and len(drawn) < args.train_batch_size:
-            raise InputError(
-                f"{len(drawn)} rows are less than one batch of {args.train_batch_size}, and incomplete "
-                "batches are dropped. Lower per_device_train_batch_size, or switch dataloader_drop_last off."
-            )
+        self._sampler = None if train_dataset is None else _sampler(train_dataset, label_column, args, labelled)
         if train_dataset is not None:
             # rows are decoded whole: what is not used would cost time in every batch
             train_dataset = train_dataset.select_columns([*columns, *([label_column] if label_column else [])])
@@ -324,6 +314,24 @@ class EmbeddingTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+def _sampler(
+    dataset: Dataset, label_column: str | None, args: TrainingArguments, labelled: Labelled | None
+) -> LabelGroupedSampler | None:
+    """What draws labelled texts, or None for pairs; raises where there is not one batch to draw."""
+    sampler = None
+    if labelled is not None:
+        seed = args.seed if args.data_seed is None else args.data_seed
+        labels = torch.tensor(dataset[label_column][:])
+        sampler = LabelGroupedSampler(labels, args.train_batch_size, labelled.per_label, seed)
+    rows = len(dataset if sampler is None else sampler)
+    if args.dataloader_drop_last and rows < args.train_batch_size:
+        raise InputError(
+            f"{rows} rows are less than one batch of {args.train_batch_size}, and incomplete batches are dropped. "
+            "Lower per_device_train_batch_size, or switch dataloader_drop_last off."
+        )
+    return sampler
 
 
 def _is_self_describing(model: nn.Module) -> bool:
