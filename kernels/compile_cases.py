@@ -20,6 +20,7 @@ from tileloss.kernels.launch import Launch, recorded
 from tileloss.kernels.pairwise import pairwise_matrix
 from tileloss.kernels.pairwise_backward import pairwise_matrix_backward
 from tileloss.kernels.passes import TritonPasses
+from tileloss.kernels.triplet_masks import triplet_masks
 from tileloss.metrics import METRICS
 from tileloss.spec import ContrastiveSpec
 from tileloss.tiled.passes import Problem
@@ -65,7 +66,7 @@ def record_cases(gpu: Gpu) -> Iterator[tuple[str, Launch]]:
 
     The name of a case says "default" where all configurations of a kernel are to be compiled, not the first one alone.
     """
-    for primitive in (contrastive_cases, hardest_cases, pairwise_cases):
+    for primitive in (contrastive_cases, hardest_cases, pairwise_cases, triplet_masks_cases):
         yield from primitive(gpu)
 
 
@@ -155,3 +156,12 @@ def pairwise_cases(gpu: Gpu) -> Iterator[tuple[str, Launch]]:
                 feature = "within" if within else "default" if metric in ("euclidean", "manhattan") else "two"
                 yield from ((f"{name}, {metric}, {feature}", found) for found in launches)
     torch.set_float32_matmul_precision(before)
+
+
+def triplet_masks_cases(gpu: Gpu) -> Iterator[tuple[str, Launch]]:
+    """The masks of pairs alone, and with those of triplets."""
+    for dtype in (torch.int64, torch.float32):
+        for triplets in (False, True):
+            with recorded(gpu.shared_memory) as launches:
+                triplet_masks(torch.empty(1024, dtype=dtype, device="meta"), triplets)
+            yield from ((f"{dtype}, {'triplets' if triplets else 'pairs'}, default", found) for found in launches)

@@ -29,6 +29,7 @@ def test_every_kernel_is_in_it(gpu: str) -> None:
         "pairwise_bwd_kernel",
         "manhattan_fwd_kernel",
         "manhattan_bwd_kernel",
+        "triplet_masks_fwd_kernel",
     }
     for kernel in {job.kernel for job in jobs}:
         assert any(job.is_default for job in jobs if job.kernel == kernel)

@@ -3,13 +3,16 @@
 from tileloss.functional.contrastive import ContrastiveStats, contrastive_loss, contrastive_loss_with_stats
 from tileloss.functional.hardest import HardestNegatives, hardest_negatives
 from tileloss.functional.pairwise import pairwise_distance, pairwise_similarity
+from tileloss.functional.triplet_masks import TripletMasks, triplet_masks
 
 __all__ = [
     "ContrastiveStats",
     "HardestNegatives",
+    "TripletMasks",
     "contrastive_loss",
     "contrastive_loss_with_stats",
     "hardest_negatives",
     "pairwise_distance",
     "pairwise_similarity",
+    "triplet_masks",
 ]

@@ -2,5 +2,6 @@
 
 from tileloss.reference.contrastive import contrastive_loss
 from tileloss.reference.pairwise import pairwise_matrix
+from tileloss.reference.triplet_masks import triplet_masks
 
-__all__ = ["contrastive_loss", "pairwise_matrix"]
+__all__ = ["contrastive_loss", "pairwise_matrix", "triplet_masks"]
