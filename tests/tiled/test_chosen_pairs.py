@@ -42,7 +42,7 @@ def test_as_the_whole_matrix_of_slopes(b: int, c: int, d: int, k: int, dtype: to
     weights, partners = pairs(b, c, k)
     left, right = torch.randn(b, d, dtype=torch.float64), torch.randn(c, d, dtype=torch.float64)
     expected = torch.randn(b, d, dtype=torch.float64), torch.randn(c, d, dtype=torch.float64)
-    found = [x.to(dtype) for x in expected]
+    found = [x.to(dtype, copy=True) for x in expected]
     distance = SquaredEuclideanDistance(Rows(left))
     pull = distance.pull if norms else lambda *sides: distance.product.pull(sides[0], *sides[1:3], None, *sides[3:])
     pull(dense(weights, partners, c), left, right, *expected)

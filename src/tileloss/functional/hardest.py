@@ -19,6 +19,10 @@ from tileloss.reference.hardest import hardest_negatives as definition
 from tileloss.similarity import SimilarityFn, full_precision, recognise, up_dtype
 from tileloss.tiled.similarity import BLOCK_SIMILARITIES
 
+# of a similarity, against one whose gradient is multiplied back: without those GEMMs, blocks pay from 128 x 128 on a
+# CPU, where contrastive losses wait for 256 x 256
+_WORTH = 4
+
 
 class HardestNegatives(NamedTuple):
     """What a query's row of similarities comes down to.
@@ -78,7 +82,7 @@ def hardest_negatives(
     queries, docs = (x if x.layout == torch.strided else x.to_dense() for x in (queries, docs))
     # of mixed inputs the wider one decides, for they are computed in its dtype
     widest = queries if queries.element_size() >= docs.element_size() else docs
-    chosen = backend.choose(widest, len(queries) * len(docs), _obstacles(known)).backend
+    chosen = backend.choose(widest, _WORTH * len(queries) * len(docs), _obstacles(known)).backend
     if chosen == "reference" or len(queries) == 0:  # without rows there are no blocks
         with full_precision(queries.device.type):
             return HardestNegatives(*definition(queries, docs, known))
