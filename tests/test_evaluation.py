@@ -90,12 +90,14 @@ def _brute_label_metrics(embeddings, labels, groups, similarity):
     }  # fmt: skip
 
 
+# far apart, every Euclidean similarity is a large negative number: none may fall below what stands for no candidate
+@pytest.mark.parametrize("spread", [1, 1e6])
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("name", ["cosine", "euclidean"])
-def test_labels_of_neighbours_are_counted_by_the_definition_whatever_the_blocks(monkeypatch, grouped, name):
+def test_labels_of_neighbours_are_counted_by_the_definition_whatever_the_blocks(monkeypatch, grouped, name, spread):
     torch.manual_seed(0)
     labels = torch.tensor([5, 5, 9, 9, 9, -1, 7, 7, 7, 7, *[3] * 30])
-    embeddings = torch.randn(40, 6, dtype=torch.float64) + labels[:, None] / 9
+    embeddings = spread * (torch.randn(40, 6, dtype=torch.float64) + labels[:, None] / 9)
     groups = torch.randint(12, (40,)) if grouped else torch.arange(40)
     similarity = SIMILARITIES[name]
     expected = _brute_label_metrics(embeddings, labels, groups, similarity)
