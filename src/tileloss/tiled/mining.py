@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tileloss.tiled.chosen_pairs import pull_pairs
 from tileloss.tiled.distance import BLOCK_DISTANCES
 from tileloss.tiled.rows import Rows
 
@@ -202,6 +203,20 @@ class Mining(Rows):
             self.negative_index[rows] = torch.where(is_negative, index, farthest_index)
             self.hardest_negative[rows] = torch.where(count[rows] < self.problem.size, self.negative[rows], INF)
 
+    def pull_pairs(
+        self,
+        weights: Tensor,  # (B, k)
+        partners: Tensor,  # (B, k) int64
+        left: Tensor,  # (B, D)
+        right: Tensor,  # (B, D)
+        d_left: Tensor | None,  # (B, D): is added to
+        d_right: Tensor | None,  # (B, D): is added to
+        *,
+        norms: bool = False,
+    ) -> None:
+        """As `tileloss.tiled.chosen_pairs.pull_pairs`; for the slopes of the hardest triplets."""
+        pull_pairs(weights, partners, left, right, d_left, d_right, norms=norms)
+
     def _parts(
         self,
         start: int,
@@ -266,8 +281,8 @@ class Mining(Rows):
         thresholds = torch.where(part.valid, part.positives + self.problem.margin, -INF)
         t, flags, by_negative = torch.empty_like(distances), torch.empty_like(distances), torch.zeros_like(distances)
         by_positive = torch.zeros_like(thresholds)
-        for slot, threshold in enumerate(thresholds.split(1, dim=1)):
-            torch.sub(threshold, distances, out=t)
+        for slot in range(thresholds.shape[1]):
+            torch.sub(thresholds[:, slot, None], distances, out=t)
             if soft:
                 self.total[part.rows] += F.softplus(t).sum(dim=1)
                 weights = torch.sigmoid(t, out=flags)
@@ -325,8 +340,8 @@ class Mining(Rows):
         index = torch.empty_like(part.columns)
         negative = torch.empty_like(part.positives)
         out_of_reach = torch.finfo(distances.dtype).max / 4
-        for slot, positive in enumerate(part.positives.split(1, dim=1)):
-            torch.le(distances, positive, out=flags)
+        for slot in range(part.columns.shape[1]):
+            torch.le(distances, part.positives[:, slot, None], out=flags)
             torch.add(distances, flags, alpha=out_of_reach, out=beyond)
             negative[:, slot], index[:, slot] = beyond.min(dim=1)
         return torch.where(negative < out_of_reach, negative, INF), index

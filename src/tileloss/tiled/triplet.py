@@ -1,0 +1,119 @@
+"""Triplet losses over row blocks: distances that are never stored whole, gradients ready when the forward returns.
+
+The rows are prepared once. Of each block of anchors the products with all rows are one GEMM; a pass mines triplets
+from it and turns it into the slopes of the products, which two GEMMs carry back to the rows (an anchor is also
+everyone's positive or negative, so both sides are the same gradient). The hardest triplets have two slopes a row: they
+are collected, and go back through those pairs alone.
+
+The walk is the same on every device. What happens to a block is the business of a `Mining` object, in PyTorch
+(`tiled/mining.py`) or in Triton (`tileloss.kernels.mining`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tileloss.reference.triplet import mean_where_finite
+from tileloss.similarity import full_precision
+from tileloss.tiled.blocks import rows_per_block
+from tileloss.tiled.distance import PreparedRows
+from tileloss.tiled.mining import Classes, Mining, MiningProblem
+
+
+class Mined(NamedTuple):
+    """As `tileloss.reference.triplet.Mined`, and the gradient of the embeddings, None where none was asked for."""
+
+    loss: Tensor
+    active: Tensor
+    active_share: Tensor
+    hardest_positive: Tensor
+    hardest_negative: Tensor
+    d_embeddings: Tensor | None
+
+
+def triplet_loss(
+    embeddings: Tensor,  # (B, D), B > 0
+    labels: Tensor,  # (B,)
+    mining: str,
+    margin: float,
+    soft: bool,
+    distance: str,
+    gradients: bool,
+    mining_class: type[Mining] = Mining,
+) -> Mined:
+    """The loss, its statistics and its gradient, as `tileloss.reference.triplet` defines them.
+
+    Memory beside the inputs: the prepared rows, a gradient, and one block of distances with parts of it. Time: three
+    GEMMs of B x B x D; "hard" one, and O(B D). The comparisons take O(B^2 log P) for P positives of an anchor at most.
+    """
+    problem = MiningProblem(len(labels), Classes.from_labels(labels), distance, margin, soft)
+    miner = mining_class(problem, embeddings)
+    with full_precision(embeddings.device.type):
+        prepared = miner.distance.prepare(embeddings)
+        walk = _hard if mining == "hard" else _dense
+        d_rows, terms = walk(miner, prepared, mining, gradients)
+        active = miner.active.sum()
+        divisor = active if mining == "all" else terms
+        factor = torch.where(divisor > 0, 1.0 / divisor.to(miner.dtype), 0.0)
+        loss = miner.total.sum() * factor
+        if d_rows is not None:
+            unit = 1.0 if mining == "hard" else miner.gradient_unit
+            d_rows = miner.distance.finish(d_rows, prepared, factor / unit).to(embeddings.dtype)
+    share = (active / terms).float()
+    hardest = mean_where_finite(miner.hardest_positive), mean_where_finite(miner.hardest_negative)
+    return Mined(loss, active, share, *hardest, d_rows)
+
+
+def _dense(miner: Mining, prepared: PreparedRows, mining: str, gradients: bool) -> tuple[Tensor | None, Tensor]:
+    """The gradient of the prepared rows, before the mean over the terms, and the number of terms; slopes everywhere."""
+    rows, _, squares = prepared
+    d_rows = torch.zeros(rows.shape, dtype=miner.dtype, device=rows.device) if gradients else None
+    mine = miner.all_triplets if mining == "all" else miner.semi_hard
+    for start, block in _blocks(miner, rows):
+        here = slice(start, start + len(block))
+        miner.distance.products(rows[here], rows, block)
+        slopes = mine(start, block, None if squares is None else squares[here], squares, gradients)
+        if slopes is not None and d_rows is not None:
+            miner.distance.pull(slopes, rows[here], rows, d_rows[here], d_rows)
+    count = miner.problem.classes.count
+    terms = (count - 1) * (miner.problem.size - count) if mining == "all" else count - 1
+    return d_rows, terms.sum()
+
+
+def _hard(miner: Mining, prepared: PreparedRows, mining: str, gradients: bool) -> tuple[Tensor | None, Tensor]:
+    """As `_dense`, with slopes at two pairs an anchor."""
+    rows, _, squares = prepared
+    for start, block in _blocks(miner, rows):
+        here = slice(start, start + len(block))
+        miner.distance.products(rows[here], rows, block)
+        miner.hard(start, block, None if squares is None else squares[here], squares)
+    problem = miner.problem
+    positive = miner.hardest_positive.clamp_min(0.0)
+    t = positive - miner.negative + problem.margin
+    miner.total = F.softplus(t) if problem.soft else t.clamp_min(0.0)
+    miner.active = torch.ones_like(miner.active) if problem.soft else (miner.total > 0).long()
+    terms = torch.full_like(miner.active, problem.size)[0]
+    if not gradients:
+        return None, terms
+    weight = t.sigmoid() if problem.soft else (t >= 0).to(t.dtype)
+    own = torch.arange(problem.size, device=t.device)
+    partners = torch.stack([miner.positive_index, miner.negative_index], dim=1)
+    weights = torch.stack([weight, weight.neg()], dim=1) * (partners != own[:, None])
+    slopes = miner.distance.slopes_(weights, torch.stack([positive, miner.negative], dim=1))
+    d_rows = torch.zeros(rows.shape, dtype=miner.dtype, device=rows.device)
+    miner.pull_pairs(slopes, partners, rows, rows, d_rows, d_rows, norms=squares is not None)
+    return d_rows, terms
+
+
+def _blocks(miner: Mining, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The first row of each block of anchors, and room for its products."""
+    size = len(rows)
+    step = rows_per_block(size, size, miner.dtype, rows.device)
+    buffer = torch.empty(step, size, dtype=miner.dtype, device=rows.device)
+    for start in range(0, size, step):
+        yield start, buffer[: min(step, size - start)]
