@@ -42,9 +42,8 @@ class ManhattanDistance(CosineDistance):
         return block.neg_()
 
     def pull(self, slopes: Tensor, left: Tensor, right: Tensor, d_left: Tensor | None, d_right: Tensor | None) -> None:
-        columns = len(right)
-        if left.device.type != "cpu":  # where PyTorch sums from a buffer of all rows x columns x width
-            columns = max(blocks.BLOCK_BYTES["cuda"] // (left.numel() * left.itemsize), 1)
+        room = self.buffer_bytes(left.device)
+        columns = len(right) if room is None else max(room // (left.numel() * left.itemsize), 1)
         backward = torch.ops.aten._cdist_backward
         for start in range(0, len(right), columns):
             taken = slice(start, start + columns)
@@ -55,6 +54,11 @@ class ManhattanDistance(CosineDistance):
             if d_right is not None:
                 part = part.t().contiguous()
                 d_right[taken].sub_(backward(part, right[taken], left, 1.0, part))
+
+    @staticmethod
+    def buffer_bytes(device: torch.device) -> int | None:
+        """Room for what PyTorch's backward sums from, rows x columns x width; None where it needs no such buffer."""
+        return None if device.type == "cpu" else blocks.BLOCK_BYTES["cuda"]
 
 
 PAIRWISE_DISTANCES = BLOCK_DISTANCES | {"dot": DotDistance, "manhattan": ManhattanDistance}
