@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -179,6 +180,22 @@ def test_gradients_under_create_graph_are_the_same(backend: str) -> None:
     for a, b in zip(graphed, plain, strict=True):
         assert a.requires_grad
         torch.testing.assert_close(a.detach(), b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("related", [lambda x: x, lambda x: 2 * x.flip(1) + x, lambda x: x.detach()])
+def test_second_derivative_of_inputs_that_share_a_source(related: Callable[[Tensor], Tensor], backend: str) -> None:
+    """The gradient of docs that were computed from queries reaches the queries once."""
+
+    def derivatives(name: str) -> tuple[Tensor, Tensor]:
+        queries = batch(9, 1, 4)[0].requires_grad_()
+        found = hardest_negatives(queries, related(queries), backend=name)
+        total = (found.similarity - found.positive_similarity).sum()
+        (first,) = torch.autograd.grad(total, queries, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), queries)
+        return first, second
+
+    for a, b in zip(derivatives(backend), derivatives("reference"), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("backward_too", [False, True])

@@ -37,7 +37,9 @@ def test_at_most_500_megabytes_beside_inputs_and_gradients(dtype: torch.dtype, d
     tracker = MemTracker()
     with launch.recorded(shared_memory=227 << 10), tracker:
         spec = ContrastiveSpec(directions=directions)
-        tiled.contrastive_loss(queries, docs, 20.0, spec, None, None, Needs(True, True, False), TritonPasses)
+        tiled.contrastive_loss(
+            queries, docs, 20.0, spec, None, None, Needs(True, True, False), passes_class=TritonPasses
+        )
     assert 100e6 < peak_of(tracker) - (queries.nbytes + docs.nbytes) <= 500e6
 
 
