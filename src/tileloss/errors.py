@@ -21,6 +21,10 @@ class DeviceError(InputError, RuntimeError):
     """Tensors that live on different devices."""
 
 
+class MissingError(InputError, AttributeError):
+    """Something that the function cannot do without was not given."""
+
+
 class BackendError(RuntimeError):
     """A backend was asked for by name and cannot run here; the message says why."""
 

@@ -3,16 +3,20 @@
 from tileloss.functional.contrastive import ContrastiveStats, contrastive_loss, contrastive_loss_with_stats
 from tileloss.functional.hardest import HardestNegatives, hardest_negatives
 from tileloss.functional.pairwise import pairwise_distance, pairwise_similarity
+from tileloss.functional.triplet import TripletStats, triplet_loss, triplet_loss_with_stats
 from tileloss.functional.triplet_masks import TripletMasks, triplet_masks
 
 __all__ = [
     "ContrastiveStats",
     "HardestNegatives",
     "TripletMasks",
+    "TripletStats",
     "contrastive_loss",
     "contrastive_loss_with_stats",
     "hardest_negatives",
     "pairwise_distance",
     "pairwise_similarity",
+    "triplet_loss",
+    "triplet_loss_with_stats",
     "triplet_masks",
 ]

@@ -1,5 +1,9 @@
 """The loss classes, under sentence-transformers' names, module names and signatures."""
 
+from tileloss.losses.batch_all_triplet import BatchAllTripletLoss
+from tileloss.losses.batch_hard_soft_margin_triplet import BatchHardSoftMarginTripletLoss
+from tileloss.losses.batch_hard_triplet import BatchHardTripletLoss, BatchHardTripletLossDistanceFunction
+from tileloss.losses.batch_semi_hard_triplet import BatchSemiHardTripletLoss
 from tileloss.losses.cached_multiple_negatives_ranking import CachedMultipleNegativesRankingLoss
 from tileloss.losses.cached_multiple_negatives_symmetric_ranking import CachedMultipleNegativesSymmetricRankingLoss
 from tileloss.losses.gist_embed import GISTEmbedLoss
@@ -8,6 +12,11 @@ from tileloss.losses.multiple_negatives_ranking import MultipleNegativesRankingL
 from tileloss.losses.multiple_negatives_symmetric_ranking import MultipleNegativesSymmetricRankingLoss
 
 __all__ = [
+    "BatchAllTripletLoss",
+    "BatchHardSoftMarginTripletLoss",
+    "BatchHardTripletLoss",
+    "BatchHardTripletLossDistanceFunction",
+    "BatchSemiHardTripletLoss",
     "CachedMultipleNegativesRankingLoss",
     "CachedMultipleNegativesSymmetricRankingLoss",
     "GISTEmbedLoss",

@@ -49,10 +49,9 @@ def triplet_loss(
     same = labels[:, None] == labels
     positive = same ^ torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     t, terms = _MINING[mining](distances, same, positive, margin)
-    active = terms if soft and mining != "hard" else (t > ACTIVE).sum()
+    active = terms if soft else (t > (ACTIVE if mining == "all" else 0.0)).sum()
     if soft:
         t = F.softplus(t.clamp_min(_NOTHING))
-        active = terms
     elif mining == "semi_hard":
         t = torch.maximum(t, torch.zeros_like(t))  # with half a slope where both are equal
     else:

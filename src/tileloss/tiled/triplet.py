@@ -70,7 +70,7 @@ def triplet_loss(
 
 
 def _dense(miner: Mining, prepared: PreparedRows, mining: str, gradients: bool) -> tuple[Tensor | None, Tensor]:
-    """The gradient of the prepared rows, before the mean over the terms, and the number of terms; slopes everywhere."""
+    """The gradient of the prepared rows for a sum over the terms, and their number; slopes everywhere."""
     rows, _, squares = prepared
     d_rows = torch.zeros(rows.shape, dtype=miner.dtype, device=rows.device) if gradients else None
     mine = miner.all_triplets if mining == "all" else miner.semi_hard

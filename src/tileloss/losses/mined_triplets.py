@@ -1,0 +1,73 @@
+"""What the four losses that mine triplets from a labelled batch have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from tileloss.errors import MissingError, ShapeError
+from tileloss.functional.triplet import TripletStats, triplet_loss_with_stats
+from tileloss.losses import citations
+
+
+class MinedTripletLoss(nn.Module):
+    """One column of texts, a class for each, a distance, and a model that is held as `sentence_embedder`.
+
+    sentence-transformers' trainer puts a wrapped model (data parallel, compiled) into the child that is called
+    "model", and passes by losses which have none: their gradients are then not averaged between processes. Here that
+    name leads to the embedder, while parameters and saved states keep its own.
+    """
+
+    def __init__(self, model: nn.Module, distance_metric: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.sentence_embedder = model
+        self.distance_metric = distance_metric
+        self.stats: TripletStats | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The embedder, for trainers that look for it here."""
+        return self.sentence_embedder
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__("sentence_embedder" if name == "model" else name, value)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """As every module has it, with the embedder under the name that trainers look for."""
+        for name, child in super().named_children():
+            yield "model" if name == "sentence_embedder" else name, child
+
+    def forward(self, sentence_features: Sequence[dict[str, Any]], labels: Tensor) -> Tensor:
+        """The loss (0-dim) of one batch: a list whose first feature dict is embedded, and the class of each text."""
+        embeddings = self.sentence_embedder(sentence_features[0])["sentence_embedding"]
+        return self.compute_loss_from_embeddings([embeddings], labels)
+
+    def compute_loss_from_embeddings(self, embeddings: Sequence[Tensor], labels: Tensor) -> Tensor:
+        """The loss (0-dim) of the embeddings (B, D) of the first column, and the class of each."""
+        raise NotImplementedError
+
+    def _mine(self, mining: str, margin: float | str, labels: Tensor, embeddings: Tensor) -> Tensor:
+        """The loss (0-dim); leaves its statistics in `stats`."""
+        name, size = type(self).__name__, len(embeddings)
+        if labels is None:
+            raise MissingError(f"{name} needs labels: the class of each of the {size} examples, a number.")
+        if labels.numel() != size:
+            raise ShapeError(
+                f"{name} expects {size} labels (one per example), but got {labels.numel()} labels with shape "
+                f"{tuple(labels.shape)}."
+            )
+        loss, self.stats = triplet_loss_with_stats(
+            embeddings, labels.reshape(-1), mining=mining, margin=margin, distance=self.distance_metric
+        )
+        return loss
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The settings, as a model card shows them; keys and values are sentence-transformers'."""
+        return {"distance_metric": getattr(self.distance_metric, "__name__", str(self.distance_metric))}
+
+    @property
+    def citation(self) -> str:
+        """BibTeX of the paper that compared these losses."""
+        return citations.HERMANS_2017
