@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from tileloss import backend
-from tileloss.errors import DeviceError, DtypeError, InputError, ShapeError
+from tileloss.functional.checks import check_queries_and_docs
 from tileloss.functional.hardest_op import block_hardest
 from tileloss.reference.hardest import hardest_negatives as definition
-from tileloss.similarity import SimilarityFn, full_precision, recognise, up_dtype
+from tileloss.similarity import SimilarityFn, full_precision, recognise
 from tileloss.tiled.similarity import BLOCK_SIMILARITIES
 
 # of a similarity, against one whose gradient is multiplied back: without those GEMMs, blocks pay from 128 x 128 on a
@@ -78,7 +78,7 @@ def hardest_negatives(
     >>> (hardest.similarity - hardest.positive_similarity + 0.5).relu().mean().backward()
     """
     known = recognise(similarity)
-    _check_embeddings(queries, docs)
+    check_queries_and_docs(queries, docs)
     queries, docs = (x if x.layout == torch.strided else x.to_dense() for x in (queries, docs))
     # of mixed inputs the wider one decides, for they are computed in its dtype
     widest = queries if queries.element_size() >= docs.element_size() else docs
@@ -94,23 +94,3 @@ def _obstacles(similarity: str | SimilarityFn) -> dict[str, str]:
         return {}
     reason = f"hardest negatives by {similarity!r} have no block algorithm, only those by 'cosine' and 'dot'"
     return dict.fromkeys(("tiled", "triton"), reason)
-
-
-def _check_embeddings(queries: Tensor, docs: Tensor) -> None:
-    for name, x in (("queries", queries), ("docs", docs)):
-        if not isinstance(x, Tensor):
-            raise InputError(f"{name} must be a tensor, got {type(x).__name__}.")
-        if x.ndim != 2:
-            raise ShapeError(f"{name} must be a matrix of embeddings (rows, dimension), got shape {tuple(x.shape)}.")
-        if not x.is_floating_point():
-            raise DtypeError(f"{name} must hold floating-point numbers, got {x.dtype}.")
-    if queries.device != docs.device:
-        raise DeviceError(f"queries are on {queries.device} and docs on {docs.device}; move both to one device.")
-    if queries.shape[1] != docs.shape[1]:
-        raise ShapeError(f"queries have width {queries.shape[1]} and docs {docs.shape[1]}; embed both by one model.")
-    if up_dtype(queries.dtype) != up_dtype(docs.dtype):
-        raise DtypeError(f"queries are {queries.dtype} and docs {docs.dtype}; convert one to the other's dtype.")
-    if len(docs) < len(queries):
-        raise ShapeError(
-            f"There are {len(queries)} queries and only {len(docs)} docs: docs[i] must be the own one of queries[i]."
-        )
