@@ -17,12 +17,14 @@ from tileloss.guide import Guide
 from tileloss.kernels.chosen_pairs import pull_pairs
 from tileloss.kernels.hardest import TritonHardest
 from tileloss.kernels.launch import Launch, recorded
+from tileloss.kernels.mining import TritonMining
 from tileloss.kernels.pairwise import pairwise_matrix
 from tileloss.kernels.pairwise_backward import pairwise_matrix_backward
 from tileloss.kernels.passes import TritonPasses
 from tileloss.kernels.triplet_masks import triplet_masks
 from tileloss.metrics import METRICS
 from tileloss.spec import ContrastiveSpec
+from tileloss.tiled.mining import Classes, MiningProblem
 from tileloss.tiled.passes import Problem
 from tileloss.tiled.tile import Tile
 
@@ -66,7 +68,7 @@ def record_cases(gpu: Gpu) -> Iterator[tuple[str, Launch]]:
 
     The name of a case says "default" where all configurations of a kernel are to be compiled, not the first one alone.
     """
-    for primitive in (contrastive_cases, hardest_cases, pairwise_cases, triplet_masks_cases):
+    for primitive in (contrastive_cases, hardest_cases, pairwise_cases, triplet_masks_cases, triplet_cases):
         yield from primitive(gpu)
 
 
@@ -165,3 +167,23 @@ def triplet_masks_cases(gpu: Gpu) -> Iterator[tuple[str, Launch]]:
             with recorded(gpu.shared_memory) as launches:
                 triplet_masks(torch.empty(1024, dtype=dtype, device="meta"), triplets)
             yield from ((f"{dtype}, {'triplets' if triplets else 'pairs'}, default", found) for found in launches)
+
+
+def triplet_cases(gpu: Gpu) -> Iterator[tuple[str, Launch]]:
+    """The passes of the triplet primitive: every distance, both margins, and loss alone."""
+    block, row = torch.empty(SIZE, SIZE, device="meta"), torch.empty(SIZE, device="meta")
+    places = [torch.empty(SIZE, dtype=torch.int64, device="meta") for _ in range(3)]
+    classes = Classes(torch.empty(SIZE, dtype=torch.int32, device="meta"), *places)
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        for distance, soft in (("euclidean", False), ("squared_euclidean", False), ("cosine", True)):
+            squares = None if distance == "cosine" else row
+            miner = TritonMining(
+                MiningProblem(SIZE, classes, distance, 0.0 if soft else 5.0, soft),
+                torch.empty(SIZE, WIDTH, dtype=dtype, device="meta"),
+            )
+            with recorded(gpu.shared_memory) as launches:
+                for gradients in (True, False):
+                    miner.all_triplets(0, block, squares, squares, gradients)
+                    miner.semi_hard(0, block, squares, squares, gradients)
+                miner.hard(0, block, squares, squares)
+            yield from ((f"{name}, {distance}{', soft' if soft else ''}", found) for found in launches)

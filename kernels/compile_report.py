@@ -43,6 +43,7 @@ TYPE_NAMES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
+    torch.int32: "i32",
     torch.int64: "i64",
     torch.bool: "i1",
 }
