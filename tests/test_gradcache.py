@@ -463,10 +463,13 @@ def test_distributed_models_synchronise_once(options: dict[str, bool], frozen: b
         _, found = step(loss, features)
         assert len(sent) == (2 if turn == 0 and "static_graph" in options else 1), turn
         assert_equal({name.replace(".module", ""): x for name, x in found.items()}, expected)
+    runs = []
+    model.register_forward_hook(lambda *_: runs.append(None))
     with ddp.no_sync():
         sent.clear()
         step(loss, features)
         assert not sent
+    assert len(runs) == 2 * 6, "and nothing is run to send"
 
 
 def _finished(buffer: Tensor) -> Any:

@@ -155,13 +155,13 @@ class GradCache(nn.Module):
         own = self._own_tensors()
         with _set_aside(own) as gradients_of_own:
             loss = self.calculate_loss(reps, labels, with_backward=True).detach().requires_grad_()
-        gradients = [[part.grad for part in parts] for parts in reps]
-        unused = [str(index) for index, column in enumerate(gradients) if any(g is None for g in column)]
+        unused = [str(index) for index, parts in enumerate(reps) if any(part.grad is None for part in parts)]
         if unused:
             raise InputError(
                 f"The loss computation of {type(self).__name__} did not use input column(s) {', '.join(unused)}: "
                 "their embeddings received no gradient. A column costs two forward passes; remove it from the dataset."
             )
+        gradients = [[part.grad for part in parts if part.grad is not None] for parts in reps]
         autocast = _autocast_here(reps[0][0].device)
         replay = _Replay(self, columns, ranges, random_states, gradients, list(gradients_of_own()), autocast)
         loss.register_hook(replay)
@@ -189,7 +189,7 @@ def backward_by_columns(
     del columns
     loss = compute(leaves)
     loss.backward()
-    computed: list[tuple[Tensor, Tensor]] = []
+    computed, its_gradients = [], []
     for leaf, parts in zip(leaves, reps, strict=True):
         if leaf.grad is None:
             continue
@@ -197,9 +197,10 @@ def backward_by_columns(
             if part.is_leaf and part.grad is None:
                 part.grad = gradient
             else:
-                computed.append((part, gradient))
-    if computed:  # at once: they may share a graph
-        torch.autograd.backward(*zip(*computed, strict=True))
+                computed.append(part)
+                its_gradients.append(gradient)
+    if computed:  # all at once, for they may share a graph
+        torch.autograd.backward(computed, its_gradients)
     return loss.detach()
 
 
@@ -231,15 +232,14 @@ class _Replay:
                     with self.autocast():
                         part, *_ = next(iterator)
                     if part.requires_grad:
-                        part.backward(_scaled(gradient, d_loss).to(part.dtype))
+                        part.backward((gradient * d_loss).to(part.dtype))
                         trained = column, index
                     synchronised = left == 0 and part.requires_grad
-                    del part  # with it goes the graph, before the next one grows
             next(iterator, None)  # so that a progress bar reaches its end
         if ddp is not None and ddp.require_backward_grad_sync and trained is not None and not synchronised:
             self._synchronise(ddp, *trained)
         for tensor, gradient in self.own:
-            tensor.backward(_scaled(gradient, d_loss).to(tensor.dtype))
+            tensor.backward((gradient * d_loss).to(tensor.dtype))
 
     def _embedded_again(self, column: int, which: slice) -> Iterator[tuple[Any, ...]]:
         return self.loss.embed_minibatch_iter(
@@ -256,11 +256,6 @@ class _Replay:
         with torch.enable_grad(), self.autocast():
             part, *_ = next(self._embedded_again(column, slice(index, index + 1)))
             part.backward(torch.zeros_like(part))
-
-
-def _scaled(gradient: Tensor, d_loss: Tensor) -> Tensor:
-    """In float32 at least: the scale of a gradient scaler must reach a float16 gradient before it is rounded."""
-    return gradient.to(torch.promote_types(gradient.dtype, torch.float32)) * d_loss
 
 
 def _kept(part: Tensor, recording: bool) -> Tensor:

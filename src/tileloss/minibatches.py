@@ -137,10 +137,10 @@ def _image_ranges(features: Features, begin: int, end: int) -> dict[str, Range]:
         else:
             continue
         ranges[patches_key] = _span(grid.prod(dim=1).tolist(), *images)
-    counts, images = features.get("num_images_per_sample"), features.get("pixel_values")
-    if counts is None or images is None or "pixel_values" in ranges or any(key in features for key in _PADDED_IMAGES):
+    counts, pixels = features.get("num_images_per_sample"), features.get("pixel_values")
+    if counts is None or pixels is None or "pixel_values" in ranges or any(key in features for key in _PADDED_IMAGES):
         return ranges
-    if len(images) == int(counts.sum()):
+    if len(pixels) == int(counts.sum()):
         span = _span(counts.tolist(), begin, end)
         ranges.update({key: span for key in _ONE_ROW_PER_IMAGE if key in features})
     return ranges

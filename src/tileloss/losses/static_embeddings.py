@@ -23,7 +23,7 @@ def _input_modules(model: nn.Module) -> Iterator[nn.Module]:
         return
     first = model[0]
     if "Router" in _class_names(first):
-        yield from (route[0] for route in first.sub_modules.values())  # type: ignore[operator, union-attr]
+        yield from (route[0] for route in first.sub_modules.values())  # type: ignore[operator]
     else:
         yield first
 
