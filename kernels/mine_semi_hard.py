@@ -123,13 +123,12 @@ def mine_semi_hard_fwd_kernel(
             tl.store(sums, sums_before + to_slope(-together, chosen, DISTANCE), mask=adds)
             tl.debug_barrier()
 
-    if GRADIENT:
-        if slopes_ptr.dtype.element_ty != tl.float32:
-            slopes_row = slopes_ptr + place * slopes_stride
-            for begin in range(0, size, BLOCK):
-                column = begin + lanes
-                sums_found = tl.load(sums_row + column, mask=column < size, other=0.0)
-                tl.store(slopes_row + column, sums_found.to(slopes_ptr.dtype.element_ty), mask=column < size)
+    if GRADIENT and slopes_ptr.dtype.element_ty != tl.float32:
+        slopes_row = slopes_ptr + place * slopes_stride
+        for begin in range(0, size, BLOCK):
+            column = begin + lanes
+            found = tl.load(sums_row + column, mask=column < size, other=0.0)
+            tl.store(slopes_row + column, found.to(slopes_ptr.dtype.element_ty), mask=column < size)
 
     tl.store(total_ptr + row, tl.sum(total, 0))
     tl.store(active_ptr + row, tl.sum(active.to(tl.int64), 0))

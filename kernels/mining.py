@@ -23,18 +23,19 @@ from tileloss.tiled.mining import Mining, MiningProblem
 _GROUP = 8
 # columns at a time: against a group of positives, and against none
 _WIDEST_BLOCK, _WIDEST_LONE_BLOCK = 256, 1024
-_COLUMNS_A_WARP = 64
+# one for each thread, so that comparing them with a group needs no exchange between threads
+_COLUMNS_A_WARP = 64 if torch.version.hip else 32
 
 
 class TritonMining(TritonRows, Mining):
     """One kernel a pass; distances, sums and what is found in float32 whatever the embeddings.
 
-    Bfloat16 rows go to the tensor cores as they are, where products of them are exact, and so do their slopes, rounded.
-    Where rounded rows would decide otherwise which triplets count, as unit rows of a cosine distance would, and where
-    slopes may not fit, as a count over a small distance does not fit float16, rows are raised to float32.
+    Bfloat16 rows go to the tensor cores as they are, where their products are exact, and so do their slopes, rounded.
+    Rows are raised to float32 where rounding would decide which triplets count, as that of unit rows for the cosine
+    distance does, and where slopes may not fit, as a count over a small distance does not fit float16.
     """
 
-    blocks_held = 2  # by the passes that return slopes: the products, and float32 sums under way
+    blocks_held = 2  # the products, and float32 sums under way
 
     def __init__(self, problem: MiningProblem, embeddings: Tensor) -> None:
         super().__init__(problem, embeddings)

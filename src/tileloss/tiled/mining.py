@@ -110,6 +110,7 @@ class Mining(Rows):
     """
 
     gradient_unit = 1.0  # the passes return the gradients of the products times this
+    blocks_held = 1  # at once, of the memory of a block
 
     def __init__(
         self,

@@ -113,7 +113,7 @@ def _hard(miner: Mining, prepared: PreparedRows, mining: str, gradients: bool) -
 def _blocks(miner: Mining, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
     """The first row of each block of anchors, and room for its products."""
     size = len(rows)
-    step = rows_per_block(size, size, miner.dtype, rows.device)
+    step = rows_per_block(size, size * miner.blocks_held, miner.dtype, rows.device)
     buffer = torch.empty(step, size, dtype=miner.dtype, device=rows.device)
     for start in range(0, size, step):
         yield start, buffer[: min(step, size - start)]
