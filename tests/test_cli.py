@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tileloss import cli
+from tileloss import cli, losses
 from tileloss.errors import InputError
 from tileloss.losses import MultipleNegativesRankingLoss
 from tileloss.similarity import dot_score
@@ -46,6 +46,20 @@ def _train(pairs, folder, *options):
          "--vocabulary_size", "400", "--per_device_train_batch_size", "32", "--num_train_epochs", "3", "--use_cpu",
          "--disable_tqdm", "True", *options]
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """A file of sentences, each labelled by its subject."""
+    rows = [
+        {"text": f"{verb} the {subject} {extra}", "label": SUBJECTS.index(subject)}
+        for verb in VERBS
+        for subject in SUBJECTS
+        for extra in ("quickly", "twice")
+    ]
+    path = tmp_path_factory.mktemp("labelled") / "texts.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +140,52 @@ def test_a_saved_encoder_trains_on_with_negatives_and_a_loss_of_choice(finished,
     assert Encoder.from_pretrained(tmp_path / "out" / "model").get_embedding_dimension() == 32
 
 
+LABELLED = ["--per_label", "4", "--learning_rate", "0.1"]
+
+
+def test_a_labelled_run_leaves_model_curves_and_figures_and_says_what_was_learned(labelled, tmp_path, capsys):
+    assert _train(labelled, tmp_path, "--loss", "batch_semi_hard", "--num_train_epochs", "6", *LABELLED) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "loss.png", "accuracy.png", "metrics.json"}
+    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    figures = json.loads((tmp_path / "metrics.json").read_text())
+    before, after = figures["before"]["accuracy@1"], figures["after"]["accuracy@1"]
+    assert after > before
+    assert figures["train_texts"] + figures["held_out_texts"] == 240
+    assert figures["steps"] == 6 * (figures["train_texts"] // 32)
+    logged = [record for record in figures["history"] if "loss" in record]
+    statistics = {"active", "active_share", "hardest_positive_distance", "hardest_negative_distance"}
+    assert all(statistics <= record.keys() for record in logged)
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert "10 labels" in lines[0]
+    assert lines[-1].startswith(f"accuracy@1 {before:.3f} -> {after:.3f}")
+    assert f"{figures['steps']:,} steps of 32 texts" in lines[-1]
+    assert any(line.startswith("  materialised ") for line in lines)
+
+
+@pytest.mark.parametrize("loss", ["batch_all", "batch_hard", "batch_hard_soft_margin", "BatchSemiHardTripletLoss"])
+def test_every_labelled_loss_trains(labelled, tmp_path, loss):
+    options = [] if loss == "batch_hard_soft_margin" else ["--margin", "0.3"]
+    assert _train(labelled, tmp_path, "--loss", loss, "--distance", "cosine", *options, *LABELLED) == 0
+    figures = json.loads((tmp_path / "metrics.json").read_text())
+    assert figures["after"]["accuracy@1"] > figures["before"]["accuracy@1"]
+
+
+def test_a_labelled_run_resumes_from_its_checkpoint(labelled, tmp_path):
+    options = ["--loss", "batch_hard", *LABELLED]
+    _train(labelled, tmp_path, "--save_strategy", "steps", "--save_steps", "8", *options)
+    checkpoint = tmp_path / "checkpoint-8"
+    _train(labelled, tmp_path / "again", "--resume_from_checkpoint", str(checkpoint), *options)
+    whole, resumed = (json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path, tmp_path / "again"))
+    assert whole["steps"] % 3 == 0
+    assert 8 % (whole["steps"] // 3) != 0, "the checkpoint is in the middle of an epoch"
+    assert resumed["after"] == whole["after"]
+
+
+def test_labelled_texts_for_a_loss_on_pairs_are_refused(labelled, tmp_path, capsys):
+    assert _train(labelled, tmp_path) == 2
+    assert "--loss batch_hard" in capsys.readouterr().err
+
+
 def test_help_lists_the_commands(capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["--help"])
@@ -167,7 +227,16 @@ def test_wrong_arguments_end_with_status_2(arguments, capsys):
     ("options", "message"),
     [
         (["--data", "missing.jsonl"], "no file or folder 'missing.jsonl'"),
-        (["--loss", "NoSuchLoss"], "MultipleNegativesRankingLoss"),
+        (["--loss", "NoSuchLoss"], "multiple_negatives_ranking (MultipleNegativesRankingLoss)"),
+        (["--loss", "NoSuchLoss"], "batch_hard (BatchHardTripletLoss)"),
+        (["--margin", "1"], "MultipleNegativesRankingLoss has no argument 'margin'"),
+        (["--distance", "cosine"], "MultipleNegativesRankingLoss has no argument 'distance_metric'"),
+        (["--loss", "batch_hard", "--distance", "manhattan"], "euclidean or cosine"),
+        (["--loss", "batch_hard_soft_margin", "--margin", "1"], "has no argument 'margin'"),
+        (["--loss", "batch_hard", "--margin", "1", "--loss_options", '{"margin": 2}'], "given twice"),
+        (["--loss", "batch_hard", "--per_label", "3"], "even number"),
+        (["--loss", "batch_hard", "--per_device_train_batch_size", "8"], "holds no two labels of 8"),
+        (["--loss", "batch_hard"], "needs a column 'label'"),
         (["--loss_options", "{scale: 3}"], "no JSON"),
         (["--loss_options", "[1]"], "JSON object"),
         (["--loss_options", '{"temperature": 3}'], "no argument 'temperature'. It has: scale,"),
@@ -208,8 +277,30 @@ def test_every_option_of_the_loss_can_be_set():
     loss = make_loss("MultipleNegativesRankingLoss", json.dumps(options), nn.Identity())
     assert loss.similarity_fct is dot_score
     assert (loss.scale, loss.directions, loss.exclude_same_label) == (7, ("query_to_doc", "doc_to_query"), True)
+    assert isinstance(make_loss("multiple_negatives_ranking", "{}", nn.Identity()), MultipleNegativesRankingLoss)
     with pytest.raises(InputError, match="hardness_mode"):
         make_loss("MultipleNegativesRankingLoss", '{"hardness_mode": "x", "hardness_strength": 1}', nn.Identity())
+
+
+def test_the_distance_and_the_margin_of_a_labelled_loss_can_be_set():
+    functions = losses.BatchHardTripletLossDistanceFunction
+    loss = make_loss("batch_hard", "{}", nn.Identity(), margin=0.5, distance="cosine")
+    assert (loss.distance_metric, loss.triplet_margin) == (functions.cosine_distance, 0.5)
+    loss = make_loss("batch_all", '{"distance_metric": "euclidean"}', nn.Identity())
+    assert (loss.distance_metric, loss.triplet_margin) == (functions.euclidean_distance, 5)
+
+
+def test_an_argument_without_a_default_is_asked_for(monkeypatch):
+    class NeedyLoss(nn.Module):
+        def __init__(self, model, guide):
+            super().__init__()
+            self.guide = guide
+
+    monkeypatch.setattr(losses, "NeedyLoss", NeedyLoss, raising=False)
+    monkeypatch.setattr(losses, "__all__", [*losses.__all__, "NeedyLoss"])
+    with pytest.raises(InputError, match="--loss needy needs 'guide'"):
+        make_loss("needy", "{}", nn.Identity())
+    assert make_loss("needy", '{"guide": 3}', nn.Identity()).guide == 3
 
 
 class _Rows(nn.Module):

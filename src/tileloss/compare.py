@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tileloss.backend import requested, use_backend
 from tileloss.bench.measure import accelerator_peak, available_memory, cpu_peak, time_in_turns
+from tileloss.losses import BatchAllTripletLoss
 from tileloss.losses.columns import embed_columns
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,6 @@ logger = logging.getLogger(__name__)
 # similarities, scaled logits, their softmax and its gradient are alive together in the materialised form; of triplets,
 # the differences, what is left of them above zero, and the gradients of both
 MATERIALISED_MATRICES = 4
-EVERY_TRIPLET = ("BatchAllTripletLoss", "BatchSemiHardTripletLoss")
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _mined_entries(loss: Any, labels: Tensor | None) -> int:
     counts = cast(Tensor, labels).unique(return_counts=True)[1]
     size = int(counts.sum())
     pairs = int((counts * (counts - 1)).sum())
-    return pairs * size if type(loss).__name__ in EVERY_TRIPLET else size * size
+    return pairs * size if isinstance(loss, BatchAllTripletLoss) else size * size
 
 
 def compare_with_materialised(

@@ -107,7 +107,7 @@ class TrainArguments(TrainingArguments):
     )
     num_train_epochs: float | None = field(
         default=None,
-        metadata={"help": "passes over the training part [static: 6, or with labels 15; others: 1]"},
+        metadata={"help": "passes over the training part [static: 6, or with labels 10; others: 1]"},
     )
     warmup_steps: float = field(default=0.1, metadata={"help": "steps of warm-up, or their share of all if below 1"})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "how the learning rate falls"})
@@ -126,7 +126,7 @@ class TrainArguments(TrainingArguments):
             "per_device_train_batch_size": (2048 if labelled else 4096, 64),
             "per_device_eval_batch_size": (1024, 64),
             "learning_rate": (0.2, 2e-5),
-            "num_train_epochs": (15 if labelled else 6, 1),
+            "num_train_epochs": (10 if labelled else 6, 1),
         }
         for name, (for_static, for_others) in defaults.items():
             if getattr(self, name) is None:
