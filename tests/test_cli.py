@@ -324,6 +324,17 @@ def test_the_comparison_measures_the_matrix_that_the_materialised_form_holds():
     assert model.training
 
 
+@pytest.mark.parametrize(("name", "entries"), [("batch_hard", 64 * 64), ("batch_all", 64 * 15 * 64)])
+def test_mined_losses_are_materialised_where_their_largest_array_fits(monkeypatch, name, entries):
+    torch.manual_seed(0)
+    loss = make_loss(name, "{}", _Rows())
+    features = [{"x": torch.randn(64, 16)}]
+    labels = torch.arange(64) % 4
+    for free, measured in ((16 * entries - 1, {"tileloss"}), (16 * entries, {"tileloss", "materialised"})):
+        monkeypatch.setattr("tileloss.compare.available_memory", lambda device, free=free: free)
+        assert compare_with_materialised(loss, features, labels, rounds=1).keys() == measured
+
+
 def test_what_would_not_fit_is_not_materialised(monkeypatch, caplog):
     monkeypatch.setattr("tileloss.compare.available_memory", lambda device: 1000)
     features = [{"x": torch.randn(64, 16)} for _ in range(2)]
