@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tileloss.reference.pairwise import pairwise_matrix
-from tileloss.reference.triplet import Mined
+from tileloss.reference.triplet import Mined, euclidean_distances
 from tileloss.reference.triplet import triplet_loss as definition
 from tileloss.similarity import full_precision, up_dtype
 from tileloss.tiled import triplet as tiled
@@ -45,7 +45,10 @@ def materialised_loss(
 ) -> Mined:
     """The same by the definition, with autograd's graph of it."""
     with full_precision(embeddings.device.type):
-        distances = pairwise_matrix(embeddings, None, distance, similarity=False)
+        if distance == "euclidean":
+            distances = euclidean_distances(embeddings)
+        else:
+            distances = pairwise_matrix(embeddings, None, distance, similarity=False)
         return definition(distances, labels, mining, margin, soft)
 
 

@@ -74,3 +74,14 @@ SOLATORIO_2024 = """
     primaryClass={cs.LG}
 }
 """
+
+HERMANS_2017 = """
+@misc{hermans2017defense,
+    title={In Defense of the Triplet Loss for Person Re-Identification},
+    author={Alexander Hermans and Lucas Beyer and Bastian Leibe},
+    year={2017},
+    eprint={1703.07737},
+    archivePrefix={arXiv},
+    primaryClass={cs.CV}
+}
+"""

@@ -18,6 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tileloss.metrics import ROUNDING
+from tileloss.similarity import up
+
 INF = float("inf")
 # a hinge counts as active above this, as sentence-transformers has it
 ACTIVE = 1e-16
@@ -47,63 +50,80 @@ def triplet_loss(
     Memory: several (B, B) matrices, and for "all" several of the number of pairs of anchor and positive times B.
     """
     same = labels[:, None] == labels
-    positive = same ^ torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-    t, terms = _MINING[mining](distances, same, positive, margin)
-    active = terms if soft else (t > (ACTIVE if mining == "all" else 0.0)).sum()
+    positive = same.clone().fill_diagonal_(False)
+    t, terms, nearest_negative = _MINING[mining](distances, same, positive, margin)
     if soft:
+        active = terms
         t = F.softplus(t.clamp_min(_NOTHING))
     elif mining == "semi_hard":
-        t = torch.maximum(t, torch.zeros_like(t))  # with half a slope where both are equal
+        t = torch.maximum(t, t.new_zeros(()))  # with half a slope where both are equal
+        active = t.count_nonzero()
     else:
+        active = (t > ACTIVE).sum()
         t = t.clamp_min(0.0)  # with a slope of one there
-    mean_over = active if mining == "all" else terms
-    loss = t.sum() * (mean_over > 0) / mean_over.clamp_min(1)
-    return Mined(loss, active, *_statistics(active, terms, distances.detach(), same, positive))
+    if mining == "hard":
+        loss = t.mean()
+    elif mining == "semi_hard":
+        loss = t.sum() / terms.clamp_min(1)
+    else:
+        loss = t.sum() * (active > 0) / active.clamp_min(1)
+    farthest_positive = torch.where(positive, distances.detach(), -INF).amax(dim=1)
+    return Mined(loss, active, *statistics(active, terms, farthest_positive, nearest_negative))
 
 
-def _all(distances: Tensor, same: Tensor, positive: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+def euclidean_distances(
+    x: Tensor,  # (B, D)
+) -> Tensor:  # (B, B)
+    """As `tileloss.reference.pairwise` has the distances within one set of rows, in fewer operations."""
+    x = up(x)
+    products = x @ x.T
+    squares = products.diagonal()
+    distances = torch.add(squares, products, alpha=-2.0) + squares[:, None]
+    rounding = squares.detach() * (2 * ROUNDING * torch.finfo(x.dtype).eps)
+    nearly_equal = distances.detach() <= rounding[:, None]
+    return distances.masked_fill(nearly_equal, INF).sqrt().masked_fill(nearly_equal, 0.0)
+
+
+def _all(distances: Tensor, same: Tensor, positive: Tensor, margin: float) -> tuple[Tensor, Tensor, Tensor]:
     anchor, other = positive.nonzero(as_tuple=True)
     negatives = distances.masked_fill(same, INF)
     t = (distances[anchor, other][:, None] + margin) - negatives.index_select(0, anchor)
-    return t, (~same).index_select(0, anchor).sum()
+    terms = (len(same) - same.sum(dim=1)).index_select(0, anchor).sum()
+    return t, terms, negatives.detach().amin(dim=1)
 
 
-def _hard(distances: Tensor, same: Tensor, positive: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+def _hard(distances: Tensor, same: Tensor, positive: Tensor, margin: float) -> tuple[Tensor, Tensor, Tensor]:
     """Anchors without a positive take zero for its distance, those without a negative the farthest row's."""
     farthest_positive = (distances * positive).max(dim=1).values
     farthest = distances.max(dim=1, keepdim=True).values
     nearest_negative = (distances + farthest * same).min(dim=1).values
-    return farthest_positive - nearest_negative + margin, positive.new_tensor(len(positive), dtype=torch.int64)
+    t = farthest_positive - nearest_negative + margin
+    terms = torch.full((), len(same), device=same.device)
+    return t, terms, nearest_negative.detach().masked_fill(same.all(dim=1), INF)
 
 
-def _semi_hard(distances: Tensor, same: Tensor, positive: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+def _semi_hard(distances: Tensor, same: Tensor, positive: Tensor, margin: float) -> tuple[Tensor, Tensor, Tensor]:
     """In a batch without negatives their distance counts as zero."""
     negatives = distances.masked_fill(same, INF).sort(dim=1, stable=True).values
     place = torch.searchsorted(negatives.detach(), distances.detach().contiguous(), right=True)
-    beyond = negatives.gather(1, place.clamp_max(len(same) - 1))
+    beyond = negatives.gather(1, place.clamp_max_(len(same) - 1))
     farthest = distances.masked_fill(same, -INF).max(dim=1, keepdim=True).values
-    negative = torch.where(beyond < INF, beyond, torch.where(farthest > -INF, farthest, 0.0))
-    return torch.where(positive, distances - negative + margin, -INF), positive.sum()
+    farthest = torch.where(farthest > -INF, farthest, 0.0)
+    t = distances - torch.where(beyond < INF, beyond, farthest) + margin
+    return torch.where(positive, t, -INF), positive.sum(), negatives.detach()[:, 0]
 
 
 _MINING = {"all": _all, "hard": _hard, "semi_hard": _semi_hard}
 
 
-@torch.no_grad()
-def _statistics(
+def statistics(
     active: Tensor,
     terms: Tensor,
-    distances: Tensor,  # (B, B)
-    same: Tensor,  # (B, B)
-    positive: Tensor,  # (B, B)
-) -> tuple[Tensor, ...]:
-    farthest_positive = distances.masked_fill(~positive, -INF).amax(dim=1)
-    nearest_negative = distances.masked_fill(same, INF).amin(dim=1)
-    return (active / terms).float(), mean_where_finite(farthest_positive), mean_where_finite(nearest_negative)
-
-
-def mean_where_finite(
-    x: Tensor,  # (B,)
-) -> Tensor:
-    """The mean (0-dim, float32) of the finite entries; nan where there are none."""
-    return torch.where(x.isfinite(), x, float("nan")).nanmean().float()
+    farthest_positive: Tensor,  # (B,): minus infinity where there is none
+    nearest_negative: Tensor,  # (B,): infinity where there is none
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The share of active terms, and the means of the distances that there are; 0-dim, float32."""
+    hardest = torch.stack([farthest_positive, nearest_negative])
+    exists = hardest.abs() < INF
+    means = hardest.masked_fill_(~exists, 0.0).sum(dim=1) / exists.sum(dim=1)
+    return (active / terms).float(), *means.float().unbind()

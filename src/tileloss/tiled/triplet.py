@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tileloss.reference.triplet import mean_where_finite
+from tileloss.reference.triplet import statistics
 from tileloss.similarity import full_precision
 from tileloss.tiled.blocks import rows_per_block
 from tileloss.tiled.distance import PreparedRows
@@ -64,9 +64,7 @@ def triplet_loss(
         if d_rows is not None:
             unit = 1.0 if mining == "hard" else miner.gradient_unit
             d_rows = miner.distance.finish(d_rows, prepared, factor / unit).to(embeddings.dtype)
-    share = (active / terms).float()
-    hardest = mean_where_finite(miner.hardest_positive), mean_where_finite(miner.hardest_negative)
-    return Mined(loss, active, share, *hardest, d_rows)
+    return Mined(loss, active, *statistics(active, terms, miner.hardest_positive, miner.hardest_negative), d_rows)
 
 
 def _dense(miner: Mining, prepared: PreparedRows, mining: str, gradients: bool) -> tuple[Tensor | None, Tensor]:
