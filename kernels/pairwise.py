@@ -9,8 +9,6 @@ product; their tile is summed over the width, number by number, from transposed 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -30,7 +28,6 @@ CONFIGS = [
     triton.Config({"GROUP": 8}, num_warps=8, num_stages=2),
     triton.Config({"GROUP": 8}, num_warps=8, num_stages=4),
 ]
-MANHATTAN_CONFIGS = [triton.Config({"GROUP": 8}, num_warps=4, num_stages=stages) for stages in (3, 2)]
 
 
 @triton.jit
@@ -38,7 +35,6 @@ def to_result(
     products,  # (ROWS, COLUMNS)
     left_squares,  # (ROWS,)
     right_squares,  # (COLUMNS,)
-    is_itself,  # (ROWS, COLUMNS): a row compared with itself
     METRIC: tl.constexpr,
     SIMILARITY: tl.constexpr,
     ROUNDING: tl.constexpr,
@@ -51,10 +47,10 @@ def to_result(
         left_norm = tl.maximum(tl.sqrt_rn(left_squares), FLOOR)
         right_norm = tl.maximum(tl.sqrt_rn(right_squares), FLOOR)
         cosine = products / left_norm[:, None] / right_norm[None, :]
-        return cosine if SIMILARITY else tl.where(is_itself, 0.0, 1.0 - cosine)
+        return cosine if SIMILARITY else 1.0 - cosine
     norms = left_squares[:, None] + right_squares[None, :]
     squares = norms - 2.0 * products
-    squares = tl.where(is_itself | (squares <= ROUNDING * norms), 0.0, squares)
+    squares = tl.where(squares <= ROUNDING * norms, 0.0, squares)
     distance = tl.sqrt_rn(squares) if METRIC == EUCLIDEAN else squares
     return -distance if SIMILARITY else distance
 
@@ -98,14 +94,16 @@ def pairwise_fwd_kernel(
             a, b = a.to(tl.float32), b.to(tl.float32)
             left_squares += tl.sum(a * a, 1)
             right_squares += tl.sum(b * b, 1)
-    is_itself = (row[:, None] == column[None, :]) if WITHIN else False
-    result = to_result(products, left_squares, right_squares, is_itself, METRIC, SIMILARITY, ROUNDING, FLOOR)
+    result = to_result(products, left_squares, right_squares, METRIC, SIMILARITY, ROUNDING, FLOOR)
     out = out_ptr + row[:, None].to(tl.int64) * m + column[None, :]
     tl.store(out, result, mask=(row < n)[:, None] & (column < m)[None, :])
+    if WITHIN and METRIC != DOT and not (METRIC == COSINE and SIMILARITY):
+        # rows compared with themselves, over what was stored: comparing every place would cost registers
+        tl.debug_barrier()
+        tl.store(out_ptr + row.to(tl.int64) * m + row, 0.0, mask=(row < n) & (row // COLUMNS == column_tile))
 
 
-@tuned(MANHATTAN_CONFIGS, key=["size_bucket"])
-@triton.jit(do_not_specialize=["size_bucket"])
+@triton.jit
 def manhattan_fwd_kernel(
     left_ptr,  # (D, N) contiguous
     right_ptr,  # (D, M) contiguous
@@ -113,22 +111,22 @@ def manhattan_fwd_kernel(
     n,
     m,
     width,
-    size_bucket,
     SIMILARITY: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    UNROLLED: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     row_tile, column_tile = tile_of_program(tl.cdiv(n, ROWS), tl.cdiv(m, COLUMNS), GROUP)
     row = row_tile * ROWS + tl.arange(0, ROWS)
     column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    left, right = left_ptr + tl.minimum(row, n - 1), right_ptr + tl.minimum(column, m - 1)
-    for _ in tl.range(0, width, loop_unroll_factor=UNROLLED):
+    # beyond the end the last ones are read again, and not stored; as a column and a row of the tile, so that each
+    # thread loads what it needs into the registers where it needs it
+    left, right = left_ptr + tl.minimum(row, n - 1)[:, None], right_ptr + tl.minimum(column, m - 1)[None, :]
+    for _ in range(width):
         a = tl.load(left).to(tl.float32)
         b = tl.load(right).to(tl.float32)
-        total += tl.abs(a[:, None] - b[None, :])
+        total += tl.abs(a - b)
         left += n
         right += m
     out = out_ptr + row[:, None].to(tl.int64) * m + column[None, :]
@@ -146,13 +144,12 @@ def pairwise_matrix(
     (n, width), m = left.shape, len(right)
     out = torch.empty(n, m, dtype=torch.float32, device=a.device)
     if metric == "manhattan":
-        tile = manhattan_tile(a.device)
+        rows, columns = manhattan_tile(a.device)
         left_columns = left.t().contiguous()
         right_columns = left_columns if b is None else right.t().contiguous()
         launch(
-            manhattan_fwd_kernel, (triton.cdiv(n, tile.rows) * triton.cdiv(m, tile.columns),), left_columns,
-            right_columns, out, n, m, width, bucket(n, m, width), SIMILARITY=similarity, ROWS=tile.rows,
-            COLUMNS=tile.columns, UNROLLED=tile.unrolled,
+            manhattan_fwd_kernel, (triton.cdiv(n, rows) * triton.cdiv(m, columns),), left_columns, right_columns, out,
+            n, m, width, SIMILARITY=similarity, ROWS=rows, COLUMNS=columns, GROUP=8, num_warps=4,
         )  # fmt: skip
         return out
     shape = tile_shape(left)
@@ -161,21 +158,19 @@ def pairwise_matrix(
         width, bucket(n, m, width), METRIC=METRIC_CODES[metric], SIMILARITY=similarity, WITHIN=b is None,
         ROUNDING=ROUNDING * torch.finfo(torch.float32).eps, FLOOR=NORM_FLOOR, PRECISION=precision_of(left, metric),
         ROWS=shape.rows, COLUMNS=shape.columns, DEPTH=shape.depth,
+        **register_limit(255 if left.dtype == torch.float32 and b is None else None),
     )  # fmt: skip
     return out
 
 
-class ManhattanTile(NamedTuple):
-    """Rows and columns of a tile, and how many steps of its loop are written out."""
-
-    rows: int
-    columns: int
-    unrolled: int
+def manhattan_tile(device: torch.device) -> tuple[int, int]:
+    """Rows and columns: 32 sums a thread for the twelve numbers that it loads a step; small to interpret."""
+    return (32, 32) if shared_memory(device) == 0 else (64, 64)
 
 
-def manhattan_tile(device: torch.device) -> ManhattanTile:
-    """A tile of 32 sums a thread, for as many loads of its rows' numbers as fit the registers; small to interpret."""
-    return ManhattanTile(32, 32, 4) if shared_memory(device) == 0 else ManhattanTile(64, 64, 4)
+def register_limit(registers: int | None) -> dict[str, int]:
+    """An option that lets a thread have so many: by itself the compiler would spill a few to run more threads."""
+    return {} if registers is None or torch.version.hip or torch.version.xpu else {"maxnreg": registers}
 
 
 def as_operands(a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -29,11 +29,11 @@ from tileloss.kernels.pairwise import (
     as_operands,
     manhattan_tile,
     precision_of,
+    register_limit,
 )
 from tileloss.similarity import NORM_FLOOR
 
 CONFIGS = [triton.Config({}, num_warps=8, num_stages=stages) for stages in (3, 2, 4)]
-MANHATTAN_CONFIGS = [triton.Config({}, num_warps=4, num_stages=stages) for stages in (3, 2)]
 
 
 @triton.jit
@@ -191,8 +191,7 @@ def pairwise_bwd_kernel(
     tl.store(out_ptr + place, dx.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@tuned(MANHATTAN_CONFIGS, key=["size_bucket", "WITHIN"])
-@triton.jit(do_not_specialize=["size_bucket"])
+@triton.jit
 def manhattan_bwd_kernel(
     grad_ptr,  # (N, M), any strides
     rows_ptr,  # (N, D) contiguous
@@ -203,12 +202,10 @@ def manhattan_bwd_kernel(
     n,
     m,
     width,
-    size_bucket,
     SIMILARITY: tl.constexpr,
     WITHIN: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,  # of the width
-    UNROLLED: tl.constexpr,
 ):
     column_tiles = tl.cdiv(width, COLUMNS)
     row = (tl.program_id(0) // column_tiles * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -219,15 +216,14 @@ def manhattan_bwd_kernel(
     dx = tl.zeros((ROWS, COLUMNS), tl.float32)
     # rows and columns beyond the end read the last one again, and are not stored
     row, column = tl.minimum(row, n - 1), tl.minimum(column, width - 1)
-    others = others_ptr + column
-    grads, twins = grad_ptr + row * grad_row_stride, grad_ptr + row * grad_other_stride
-    for _ in tl.range(0, m, loop_unroll_factor=UNROLLED):
-        y = tl.load(others).to(tl.float32)[None, :]
+    others = others_ptr + column[None, :]
+    grads, twins = grad_ptr + row[:, None] * grad_row_stride, grad_ptr + row[:, None] * grad_other_stride
+    for _ in range(m):
+        y = tl.load(others).to(tl.float32)
         grad = tl.load(grads).to(tl.float32)
         if WITHIN:
             grad += tl.load(twins).to(tl.float32)
             twins += grad_row_stride
-        grad = grad[:, None]
         dx += tl.where(x > y, grad, tl.where(x < y, -grad, 0.0))
         others += width
         grads += grad_other_stride
@@ -272,32 +268,32 @@ def _side(
     """The gradient of `rows`."""
     (n, width), m = rows.shape, len(others)
     out = torch.empty_like(rows)
-    sizes = n, m, width, bucket(n, m, width)
     if metric == "manhattan":
-        tile = manhattan_tile(rows.device)
+        tall, wide = manhattan_tile(rows.device)
         launch(
-            manhattan_bwd_kernel, (triton.cdiv(n, tile.rows) * triton.cdiv(width, tile.columns),), grad, rows, others,
-            out, *grad.stride(), *sizes, SIMILARITY=similarity, WITHIN=within, ROWS=tile.rows, COLUMNS=tile.columns,
-            UNROLLED=tile.unrolled,
+            manhattan_bwd_kernel, (triton.cdiv(n, tall) * triton.cdiv(width, wide),), grad, rows, others, out,
+            *grad.stride(), n, m, width, SIMILARITY=similarity, WITHIN=within, ROWS=tall, COLUMNS=wide, num_warps=4,
         )  # fmt: skip
         return out
-    shape = backward_tile_shape(rows)
+    shape = backward_tile_shape(rows, within)
+    precision = precision_of(rows, metric)
+    exact = rows.dtype == torch.float32 and precision == "ieee"
     # what a metric does not look at still needs a pointer
     result = out if result is None else result
     launch(
         pairwise_bwd_kernel, (triton.cdiv(n, shape.rows) * triton.cdiv(width, shape.columns),), grad, result, rows,
         others, out if row_norms is None else row_norms, out if other_norms is None else other_norms, out,
-        *grad.stride(), *result.stride(), *sizes, METRIC=METRIC_CODES[metric], SIMILARITY=similarity, WITHIN=within,
-        FLOOR=NORM_FLOOR, PRECISION=precision_of(rows, metric), ROWS=shape.rows, COLUMNS=shape.columns,
-        DEPTH=shape.depth,
+        *grad.stride(), *result.stride(), n, m, width, bucket(n, m, width), METRIC=METRIC_CODES[metric],
+        SIMILARITY=similarity, WITHIN=within, FLOOR=NORM_FLOOR, PRECISION=precision, ROWS=shape.rows,
+        COLUMNS=shape.columns, DEPTH=shape.depth, **register_limit(128 if exact else None),
     )  # fmt: skip
     return out
 
 
-def backward_tile_shape(operand: Tensor) -> TileShape:
-    """Rows, columns of the width, and other rows a step, which loads two tiles of the matrix and one of rows."""
+def backward_tile_shape(operand: Tensor, within: bool) -> TileShape:
+    """Rows, columns of the width, and other rows a step: it loads two or three tiles of matrices and one of rows."""
     if shared_memory(operand.device) == 0:
         return TileShape(32, 64, 32)
     if operand.dtype == torch.float32:
         return TileShape(64, 128, 32 if precision_of(operand, "dot") == "tf32" else 16)
-    return TileShape(128, 128, 32)
+    return TileShape(64 if within else 128, 128, 32)
