@@ -1,4 +1,4 @@
-"""What only a GPU can show of mined triplets: full tiles, memory, silence towards the host, sizes, the same bits twice.
+"""What only a GPU can show of mined triplets: full tiles, memory, silence towards the host, sizes, repeatability.
 
 Exactness pass by pass is in tests/kernels, which runs there too.
 """

@@ -61,7 +61,8 @@ def run(
     rows = miner.distance.prepare(x).rows
     squares = None if distance == "cosine" else rows.to(miner.dtype).square().sum(dim=1)  # without a root that rounds
     block = torch.empty(len(x) - start, len(x), dtype=miner.dtype, device=x.device)
-    miner.distance.products(rows[start:], rows, block)
+    wide = rows.to(miner.dtype)  # the same products whatever the operands
+    miner.distance.products(wide[start:], wide, block)
     left = None if squares is None else squares[start:]
     slopes = None
     if mining == "hard":
@@ -211,3 +212,26 @@ def test_two_runs_give_the_same_bits_and_strides_do_not_matter(
     for again in (x, strided):
         found = compute(again, labels[:, None], mining=mining, backend="triton")
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_equal_rows_have_no_distance(device: torch.device) -> None:
+    """Though the difference of squares says a little more or less."""
+    x = torch.randn(20, 300, device=device).repeat(2, 1)
+    labels = torch.arange(40, device=device) % 20
+    found = run(TritonMining, x, labels, "hard", "euclidean")
+    assert (found["hardest_positive"] == 0.0).all()
+    assert torch.equal(found["positive_index"], torch.arange(40, device=device))
+
+
+def test_the_first_of_equals(device: torch.device) -> None:
+    """Of positives and of negatives that the same lane of a program meets, and of rows as far away as any."""
+    x = torch.zeros(100, 1, device=device)
+    x[[10, 42, 74]], x[[20, 52, 84]] = 3.0, 1.0
+    labels = torch.zeros(100, dtype=torch.int64, device=device)
+    labels[[20, 52, 84]] = 1
+    found = run(TritonMining, x, labels, "hard", "squared_euclidean")
+    assert found["positive_index"][0] == 10
+    assert found["negative_index"][0] == 20
+    # a positive, then the only negative, then the anchor; both of the former at the largest distance
+    x, labels = torch.tensor([[1.0], [1.0], [0.0]], device=device), torch.tensor([0, 1, 0], device=device)
+    assert run(TritonMining, x, labels, "hard", "squared_euclidean")["negative_index"][2] == 1
