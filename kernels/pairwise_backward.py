@@ -277,7 +277,7 @@ def _side(
         return out
     shape = backward_tile_shape(rows, within)
     precision = precision_of(rows, metric)
-    exact_within = within and rows.dtype == torch.float32 and precision == "ieee"
+    crowded = within and precision == "ieee" and (rows.dtype == torch.float32 or metric == "cosine")
     # what a metric does not look at still needs a pointer
     result = out if result is None else result
     launch(
@@ -285,7 +285,7 @@ def _side(
         others, out if row_norms is None else row_norms, out if other_norms is None else other_norms, out,
         *grad.stride(), *result.stride(), n, m, width, bucket(n, m, width), METRIC=METRIC_CODES[metric],
         SIMILARITY=similarity, WITHIN=within, FLOOR=NORM_FLOOR, PRECISION=precision, ROWS=shape.rows,
-        COLUMNS=shape.columns, DEPTH=shape.depth, **register_limit(168 if exact_within else None),
+        COLUMNS=shape.columns, DEPTH=shape.depth, **register_limit(168 if crowded else None),
     )  # fmt: skip
     return out
 

@@ -87,11 +87,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     a, b, result = ctx.saved_tensors
+    metric, similarity = ctx.settings
     needs = [need and x is not None for need, x in zip(ctx.needs_input_grad, (a, b), strict=False)]
     if torch.is_grad_enabled():
-        found = _through_definition(grad, a, b, *ctx.settings, needs)
+        found = _through_definition(grad, a, b, metric, similarity, needs)
     else:
-        found = _pairwise_backward(grad, a, b, result, *ctx.settings, needs, ctx.backend)
+        found = _pairwise_backward(grad, a, b, result, metric, similarity, needs, ctx.backend)
     return (*(x if need else None for x, need in zip(found, needs, strict=True)), None, None, None)
 
 

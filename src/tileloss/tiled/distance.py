@@ -51,7 +51,8 @@ class SquaredEuclideanDistance:
         rows: Tensor,  # (N, D) prepared
     ) -> Tensor | None:  # (N,)
         """Squared norms; None where the distance does not depend on them."""
-        return torch.linalg.vector_norm(rows, dim=1, dtype=self.dtype).square_()
+        rows = rows.to(self.dtype)
+        return torch.linalg.vecdot(rows, rows)  # a norm's root would leave no two distances exactly equal
 
     def products(
         self,
@@ -125,7 +126,7 @@ class EuclideanDistance(SquaredEuclideanDistance):
 class CosineDistance(SquaredEuclideanDistance):
     """1 - xy of unit rows."""
 
-    product_type = Cosine
+    product_type: type[Dot] = Cosine
 
     def squares(self, rows: Tensor) -> None:
         return None
