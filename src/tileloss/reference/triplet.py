@@ -99,7 +99,7 @@ def _hard(distances: Tensor, same: Tensor, positive: Tensor, margin: float) -> t
     nearest_negative = (distances + farthest * same).min(dim=1).values
     t = farthest_positive - nearest_negative + margin
     terms = torch.full((), len(same), device=same.device)
-    return t, terms, nearest_negative.detach().masked_fill(same.all(dim=1), INF)
+    return t, terms, torch.where(same, INF, distances.detach()).amin(dim=1)
 
 
 def _semi_hard(distances: Tensor, same: Tensor, positive: Tensor, margin: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,6 +124,6 @@ def statistics(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The share of active terms, and the means of the distances that there are; 0-dim, float32."""
     hardest = torch.stack([farthest_positive, nearest_negative])
-    exists = hardest.abs() < INF
-    means = hardest.masked_fill_(~exists, 0.0).sum(dim=1) / exists.sum(dim=1)
+    exists = (hardest.abs() < INF).to(hardest.dtype)
+    means = torch.where(exists > 0, hardest, 0.0).sum(dim=1) / exists.sum(dim=1)
     return (active / terms).float(), *means.float().unbind()
