@@ -29,13 +29,13 @@ _NOTHING = -1e4
 
 
 class Mined(NamedTuple):
-    """The loss (0-dim) and, all 0-dim and detached, what it is the mean of."""
+    """The loss (0-dim) and, all detached, what statistics are made of when somebody asks for them."""
 
     loss: Tensor
-    active: Tensor  # int64: terms that are above zero, with a soft margin all
-    active_share: Tensor  # of the terms that there are; nan where there are none
-    hardest_positive: Tensor  # mean distance of the anchors' farthest positives; nan where none has a positive
-    hardest_negative: Tensor  # mean distance of the anchors' nearest negatives; nan where none has a negative
+    active: Tensor  # 0-dim int64: terms that are above zero, with a soft margin all
+    terms: Tensor  # 0-dim int64: terms that there are
+    hardest_positive: Tensor  # (B,): distance of each anchor's farthest positive; minus infinity where it has none
+    hardest_negative: Tensor  # (B,): distance of each anchor's nearest negative; infinity where it has none
 
 
 def triplet_loss(
@@ -45,7 +45,7 @@ def triplet_loss(
     margin: float,  # 0 with a soft margin
     soft: bool,
 ) -> Mined:
-    """The loss and its statistics, differentiable any number of times.
+    """The loss, differentiable any number of times, and what its statistics are made of.
 
     Memory: several (B, B) matrices, and for "all" several of the number of pairs of anchor and positive times B.
     """
@@ -68,7 +68,7 @@ def triplet_loss(
     else:
         loss = t.sum() * (active > 0) / active.clamp_min(1)
     farthest_positive = torch.where(positive, distances.detach(), -INF).amax(dim=1)
-    return Mined(loss, active, *statistics(active, terms, farthest_positive, nearest_negative))
+    return Mined(loss, active, terms, farthest_positive, nearest_negative)
 
 
 def euclidean_distances(
@@ -114,16 +114,3 @@ def _semi_hard(distances: Tensor, same: Tensor, positive: Tensor, margin: float)
 
 
 _MINING = {"all": _all, "hard": _hard, "semi_hard": _semi_hard}
-
-
-def statistics(
-    active: Tensor,
-    terms: Tensor,
-    farthest_positive: Tensor,  # (B,): minus infinity where there is none
-    nearest_negative: Tensor,  # (B,): infinity where there is none
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The share of active terms, and the means of the distances that there are; 0-dim, float32."""
-    hardest = torch.stack([farthest_positive, nearest_negative])
-    exists = (hardest.abs() < INF).to(hardest.dtype)
-    means = torch.where(exists > 0, hardest, 0.0).sum(dim=1) / exists.sum(dim=1)
-    return (active / terms).float(), *means.float().unbind()

@@ -48,7 +48,7 @@ class Classes(NamedTuple):
     of: Tensor
     order: Tensor
     first: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides a method of tuples that nobody calls
 
     @classmethod
     def from_labels(
