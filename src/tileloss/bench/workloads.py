@@ -69,7 +69,7 @@ class Workload:
         return None if self.per_class is None else _labels(len(embeddings), self.per_class, embeddings.device)
 
     def features(self, columns: Sequence[Tensor]) -> list[dict[str, Any]]:
-        """Feature dicts for models that hand embeddings through: of each column the model's, and the guide's if any."""
+        """Feature dicts for models that hand embeddings through: of each column the model's, and a guide's."""
         queries, *docs = columns
         if not self.guided:
             return [{"sentence_embedding": own} for own in columns]

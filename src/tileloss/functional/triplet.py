@@ -21,6 +21,7 @@ from tileloss.functional.triplet_op import block_loss, materialised_loss
 from tileloss.reference.triplet import Mined
 from tileloss.reference.triplet import triplet_loss as definition
 from tileloss.similarity import up
+from tileloss.tiled.mining import Classes
 
 MINING = ("all", "hard", "semi_hard")
 DISTANCES = ("euclidean", "squared_euclidean", "cosine")
@@ -107,7 +108,7 @@ def triplet_loss(
     >>> embeddings, labels = torch.randn(64, 32, requires_grad=True), torch.arange(64) // 4
     >>> triplet_loss(embeddings, labels, mining="hard", margin=0.3, distance="cosine").backward()
     """
-    return _mined(embeddings, labels, mining, margin, distance).loss
+    return mined(embeddings, labels, mining, margin, distance).loss
 
 
 @backend.accepts_backend
@@ -120,11 +121,26 @@ def triplet_loss_with_stats(
     distance: str | DistanceFn = "euclidean",
 ) -> tuple[Tensor, TripletStats]:
     """As `triplet_loss`, with the statistics of the same pass beside the loss; they cost no further GEMM."""
-    loss, *stats = _mined(embeddings, labels, mining, margin, distance)
-    return loss, TripletStats(*stats)
+    found = mined(embeddings, labels, mining, margin, distance)
+    return found.loss, statistics(found, labels, mining)
 
 
-def _mined(embeddings: Tensor, labels: Tensor, mining: str, margin: float | str, distance: str | DistanceFn) -> Mined:
+def statistics(
+    found: Mined,
+    labels: Tensor,  # (B,) or (B, 1)
+    mining: str,
+) -> TripletStats:
+    """Counts, and means over the anchors that have a positive, or a negative."""
+    size, count = labels.numel(), Classes.from_labels(labels.reshape(-1)).count
+    terms = {"all": (count - 1) * (size - count), "hard": torch.ones_like(count), "semi_hard": count - 1}[mining].sum()
+    exists = torch.stack([count > 1, count < size])
+    hardest = torch.stack([found.hardest_positive, found.hardest_negative])
+    means = torch.where(exists, hardest, 0.0).sum(dim=1) / exists.sum(dim=1)
+    return TripletStats(found.active, (found.active / terms).float(), *means.float().unbind())
+
+
+def mined(embeddings: Tensor, labels: Tensor, mining: str, margin: float | str, distance: str | DistanceFn) -> Mined:
+    """The loss, and what its statistics are made of, for callers that will ask for those later or never."""
     if mining not in MINING:
         raise InputError(f"mining must be one of {list(MINING)}, got {mining!r}.")
     soft = isinstance(margin, str)

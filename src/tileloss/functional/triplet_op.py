@@ -29,10 +29,10 @@ def block_loss(
     distance: str,
     backend: str,
 ) -> Mined:
-    """The loss and its statistics by the block algorithms of a backend, as a node of the autograd graph."""
+    """The loss and what statistics are made of, by a backend's block algorithms, as a node of the autograd graph."""
     need = torch.is_grad_enabled() and embeddings.requires_grad
-    loss, active, stats, _ = _triplet(embeddings, labels, mining, margin, soft, distance, need, backend)
-    return Mined(loss, active, *stats.unbind())
+    *mined, _ = _triplet(embeddings, labels, mining, margin, soft, distance, need, backend)
+    return Mined(*mined)
 
 
 def materialised_loss(
@@ -62,23 +62,23 @@ def _triplet(
     distance: str,
     need: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     mining_class = Mining
     if backend == "triton":
         from tileloss.kernels.mining import TritonMining as mining_class
-    found = tiled.triplet_loss(embeddings, labels, mining, margin, soft, distance, need, mining_class)
-    loss, active, *stats, d_embeddings = found
+    *mined, d_embeddings = tiled.triplet_loss(embeddings, labels, mining, margin, soft, distance, need, mining_class)
     # an operator returns tensors only: a gradient that nobody asked for is an empty one
-    return loss, active, torch.stack(stats), embeddings.new_empty(0) if d_embeddings is None else d_embeddings
+    return *mined, embeddings.new_empty(0) if d_embeddings is None else d_embeddings
 
 
 @_triplet.register_fake
 def _shapes(embeddings: Tensor, labels: Tensor, *settings: Any) -> tuple[Tensor, ...]:
     need = settings[-2]
     loss = embeddings.new_empty((), dtype=up_dtype(embeddings.dtype))
-    active, stats = embeddings.new_empty((), dtype=torch.int64), embeddings.new_empty(3, dtype=torch.float32)
+    active = embeddings.new_empty((), dtype=torch.int64)
+    hardest = [embeddings.new_empty(len(labels), dtype=loss.dtype) for _ in range(2)]
     gradient = torch.empty(embeddings.shape, dtype=embeddings.dtype, device=embeddings.device)
-    return loss, active, stats, gradient if need else embeddings.new_empty(0)
+    return loss, active, *hardest, gradient if need else embeddings.new_empty(0)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

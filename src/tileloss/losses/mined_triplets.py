@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from tileloss.errors import MissingError, ShapeError
-from tileloss.functional.triplet import TripletStats, triplet_loss_with_stats
+from tileloss.functional.triplet import TripletStats, mined, statistics
 from tileloss.losses import citations
+from tileloss.reference.triplet import Mined
 
 
 class MinedTripletLoss(nn.Module):
@@ -24,7 +25,7 @@ class MinedTripletLoss(nn.Module):
         super().__init__()
         self.sentence_embedder = model
         self.distance_metric = distance_metric
-        self.stats: TripletStats | None = None
+        self._last: tuple[Mined, Tensor, str] | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -49,7 +50,7 @@ class MinedTripletLoss(nn.Module):
         raise NotImplementedError
 
     def _mine(self, mining: str, margin: float | str, labels: Tensor, embeddings: Tensor) -> Tensor:
-        """The loss (0-dim); leaves its statistics in `stats`."""
+        """The loss (0-dim); leaves in `_last` what its statistics are made of."""
         name, size = type(self).__name__, len(embeddings)
         if labels is None:
             raise MissingError(f"{name} needs labels: the class of each of the {size} examples, a number.")
@@ -58,10 +59,14 @@ class MinedTripletLoss(nn.Module):
                 f"{name} expects {size} labels (one per example), but got {labels.numel()} labels with shape "
                 f"{tuple(labels.shape)}."
             )
-        loss, self.stats = triplet_loss_with_stats(
-            embeddings, labels.reshape(-1), mining=mining, margin=margin, distance=self.distance_metric
-        )
-        return loss
+        found = mined(embeddings, labels.reshape(-1), mining, margin, self.distance_metric)
+        self._last = found._replace(loss=found.loss.detach()), labels, mining
+        return found.loss
+
+    @property
+    def stats(self) -> TripletStats | None:
+        """The statistics of the last call, detached and made when they are asked for; None before the first."""
+        return None if self._last is None else statistics(*self._last)
 
     def get_config_dict(self) -> dict[str, Any]:
         """The settings, as a model card shows them; keys and values are sentence-transformers'."""

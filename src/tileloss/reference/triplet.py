@@ -33,9 +33,8 @@ class Mined(NamedTuple):
 
     loss: Tensor
     active: Tensor  # 0-dim int64: terms that are above zero, with a soft margin all
-    terms: Tensor  # 0-dim int64: terms that there are
-    hardest_positive: Tensor  # (B,): distance of each anchor's farthest positive; minus infinity where it has none
-    hardest_negative: Tensor  # (B,): distance of each anchor's nearest negative; infinity where it has none
+    hardest_positive: Tensor  # (B,): distance of each anchor's farthest positive; anything where it has none
+    hardest_negative: Tensor  # (B,): distance of each anchor's nearest negative; anything where it has none
 
 
 def triplet_loss(
@@ -51,9 +50,9 @@ def triplet_loss(
     """
     same = labels[:, None] == labels
     positive = same.clone().fill_diagonal_(False)
-    t, terms, nearest_negative = _MINING[mining](distances, same, positive, margin)
+    t, terms, farthest_positive, nearest_negative = _MINING[mining](distances, same, positive, margin)
     if soft:
-        active = terms
+        active = torch.as_tensor(terms, device=labels.device)
         t = F.softplus(t.clamp_min(_NOTHING))
     elif mining == "semi_hard":
         t = torch.maximum(t, t.new_zeros(()))  # with half a slope where both are equal
@@ -64,11 +63,14 @@ def triplet_loss(
     if mining == "hard":
         loss = t.mean()
     elif mining == "semi_hard":
-        loss = t.sum() / terms.clamp_min(1)
+        loss = t.sum() / torch.as_tensor(terms).clamp_min(1)
     else:
         loss = t.sum() * (active > 0) / active.clamp_min(1)
-    farthest_positive = torch.where(positive, distances.detach(), -INF).amax(dim=1)
-    return Mined(loss, active, terms, farthest_positive, nearest_negative)
+    return Mined(loss, active, farthest_positive.detach(), nearest_negative.detach())
+
+
+# the difference in every term; how many terms there are; farthest positive and nearest negative of each anchor
+_Terms = tuple[Tensor, Tensor | int, Tensor, Tensor]
 
 
 def euclidean_distances(
@@ -84,25 +86,24 @@ def euclidean_distances(
     return distances.masked_fill(nearly_equal, INF).sqrt().masked_fill(nearly_equal, 0.0)
 
 
-def _all(distances: Tensor, same: Tensor, positive: Tensor, margin: float) -> tuple[Tensor, Tensor, Tensor]:
+def _all(distances: Tensor, same: Tensor, positive: Tensor, margin: float) -> _Terms:
     anchor, other = positive.nonzero(as_tuple=True)
     negatives = distances.masked_fill(same, INF)
     t = (distances[anchor, other][:, None] + margin) - negatives.index_select(0, anchor)
     terms = (len(same) - same.sum(dim=1)).index_select(0, anchor).sum()
-    return t, terms, negatives.detach().amin(dim=1)
+    return t, terms, (distances.detach() * positive).amax(dim=1), negatives.detach().amin(dim=1)
 
 
-def _hard(distances: Tensor, same: Tensor, positive: Tensor, margin: float) -> tuple[Tensor, Tensor, Tensor]:
+def _hard(distances: Tensor, same: Tensor, positive: Tensor, margin: float) -> _Terms:
     """Anchors without a positive take zero for its distance, those without a negative the farthest row's."""
     farthest_positive = (distances * positive).max(dim=1).values
     farthest = distances.max(dim=1, keepdim=True).values
     nearest_negative = (distances + farthest * same).min(dim=1).values
     t = farthest_positive - nearest_negative + margin
-    terms = torch.full((), len(same), device=same.device)
-    return t, terms, torch.where(same, INF, distances.detach()).amin(dim=1)
+    return t, len(same), farthest_positive, nearest_negative
 
 
-def _semi_hard(distances: Tensor, same: Tensor, positive: Tensor, margin: float) -> tuple[Tensor, Tensor, Tensor]:
+def _semi_hard(distances: Tensor, same: Tensor, positive: Tensor, margin: float) -> _Terms:
     """In a batch without negatives their distance counts as zero."""
     negatives = distances.masked_fill(same, INF).sort(dim=1, stable=True).values
     place = torch.searchsorted(negatives.detach(), distances.detach().contiguous(), right=True)
@@ -110,7 +111,8 @@ def _semi_hard(distances: Tensor, same: Tensor, positive: Tensor, margin: float)
     farthest = distances.masked_fill(same, -INF).max(dim=1, keepdim=True).values
     farthest = torch.where(farthest > -INF, farthest, 0.0)
     t = distances - torch.where(beyond < INF, beyond, farthest) + margin
-    return torch.where(positive, t, -INF), positive.sum(), negatives.detach()[:, 0]
+    farthest_positive = (distances.detach() * positive).amax(dim=1)
+    return torch.where(positive, t, -INF), positive.sum(), farthest_positive, negatives[:, 0]
 
 
 _MINING = {"all": _all, "hard": _hard, "semi_hard": _semi_hard}

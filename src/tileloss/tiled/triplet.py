@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tileloss.reference.triplet import statistics
 from tileloss.similarity import full_precision
 from tileloss.tiled.blocks import rows_per_block
 from tileloss.tiled.distance import PreparedRows
@@ -30,7 +29,6 @@ class Mined(NamedTuple):
 
     loss: Tensor
     active: Tensor
-    active_share: Tensor
     hardest_positive: Tensor
     hardest_negative: Tensor
     d_embeddings: Tensor | None
@@ -46,7 +44,7 @@ def triplet_loss(
     gradients: bool,
     mining_class: type[Mining] = Mining,
 ) -> Mined:
-    """The loss, its statistics and its gradient, as `tileloss.reference.triplet` defines them.
+    """The loss, what its statistics are made of, and its gradient, as `tileloss.reference.triplet` defines them.
 
     Memory beside the inputs: the prepared rows, a gradient, and one block of distances with parts of it. Time: three
     GEMMs of B x B x D; "hard" one, and O(B D). The comparisons take O(B^2 log P) for P positives of an anchor at most.
@@ -64,7 +62,7 @@ def triplet_loss(
         if d_rows is not None:
             unit = 1.0 if mining == "hard" else miner.gradient_unit
             d_rows = miner.distance.finish(d_rows, prepared, factor / unit).to(embeddings.dtype)
-    return Mined(loss, active, *statistics(active, terms, miner.hardest_positive, miner.hardest_negative), d_rows)
+    return Mined(loss, active, miner.hardest_positive, miner.hardest_negative, d_rows)
 
 
 def _dense(miner: Mining, prepared: PreparedRows, mining: str, gradients: bool) -> tuple[Tensor | None, Tensor]:
