@@ -58,8 +58,8 @@ def triplet_loss(
         t = torch.maximum(t, t.new_zeros(()))  # with half a slope where both are equal
         active = t.count_nonzero()
     else:
-        active = (t > ACTIVE).sum()
         t = t.clamp_min(0.0)  # with a slope of one there
+        active = (t > ACTIVE).sum() if mining == "all" else t.count_nonzero()
     if mining == "hard":
         loss = t.mean()
     elif mining == "semi_hard":
@@ -96,9 +96,9 @@ def _all(distances: Tensor, same: Tensor, positive: Tensor, margin: float) -> _T
 
 def _hard(distances: Tensor, same: Tensor, positive: Tensor, margin: float) -> _Terms:
     """Anchors without a positive take zero for its distance, those without a negative the farthest row's."""
-    farthest_positive = (distances * positive).max(dim=1).values
+    farthest_positive = (distances * positive.to(distances.dtype)).max(dim=1).values
     farthest = distances.max(dim=1, keepdim=True).values
-    nearest_negative = (distances + farthest * same).min(dim=1).values
+    nearest_negative = torch.addcmul(distances, farthest, same.to(distances.dtype)).min(dim=1).values
     t = farthest_positive - nearest_negative + margin
     return t, len(same), farthest_positive, nearest_negative
 
