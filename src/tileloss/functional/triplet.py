@@ -122,11 +122,13 @@ def triplet_loss_with_stats(
 ) -> tuple[Tensor, TripletStats]:
     """As `triplet_loss`, with the statistics of the same pass beside the loss; they cost no further GEMM."""
     found = mined(embeddings, labels, mining, margin, distance)
-    return found.loss, statistics(found, labels, mining)
+    return found.loss, statistics(found.active, found.hardest_positive, found.hardest_negative, labels, mining)
 
 
 def statistics(
-    found: Mined,
+    active: Tensor,
+    hardest_positive: Tensor,  # (B,)
+    hardest_negative: Tensor,  # (B,)
     labels: Tensor,  # (B,) or (B, 1)
     mining: str,
 ) -> TripletStats:
@@ -134,9 +136,9 @@ def statistics(
     size, count = labels.numel(), Classes.from_labels(labels.reshape(-1)).count
     terms = {"all": (count - 1) * (size - count), "hard": torch.ones_like(count), "semi_hard": count - 1}[mining].sum()
     exists = torch.stack([count > 1, count < size])
-    hardest = torch.stack([found.hardest_positive, found.hardest_negative])
+    hardest = torch.stack([hardest_positive, hardest_negative])
     means = torch.where(exists, hardest, 0.0).sum(dim=1) / exists.sum(dim=1)
-    return TripletStats(found.active, (found.active / terms).float(), *means.float().unbind())
+    return TripletStats(active, (active / terms).float(), *means.float().unbind())
 
 
 def mined(embeddings: Tensor, labels: Tensor, mining: str, margin: float | str, distance: str | DistanceFn) -> Mined:

@@ -66,9 +66,10 @@ def _triplet(
     mining_class = Mining
     if backend == "triton":
         from tileloss.kernels.mining import TritonMining as mining_class
-    *mined, d_embeddings = tiled.triplet_loss(embeddings, labels, mining, margin, soft, distance, need, mining_class)
+    found = tiled.triplet_loss(embeddings, labels, mining, margin, soft, distance, need, mining_class)
     # an operator returns tensors only: a gradient that nobody asked for is an empty one
-    return *mined, embeddings.new_empty(0) if d_embeddings is None else d_embeddings
+    gradient = embeddings.new_empty(0) if found.d_embeddings is None else found.d_embeddings
+    return found.loss, found.active, found.hardest_positive, found.hardest_negative, gradient
 
 
 @_triplet.register_fake

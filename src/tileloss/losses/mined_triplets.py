@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from tileloss.errors import MissingError, ShapeError
 from tileloss.functional.triplet import TripletStats, mined, statistics
 from tileloss.losses import citations
-from tileloss.reference.triplet import Mined
 
 
 class MinedTripletLoss(nn.Module):
@@ -25,7 +24,7 @@ class MinedTripletLoss(nn.Module):
         super().__init__()
         self.sentence_embedder = model
         self.distance_metric = distance_metric
-        self._last: tuple[Mined, Tensor, str] | None = None
+        self._last: tuple[Tensor, Tensor, Tensor, Tensor, str] | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -60,7 +59,8 @@ class MinedTripletLoss(nn.Module):
                 f"{tuple(labels.shape)}."
             )
         found = mined(embeddings, labels.reshape(-1), mining, margin, self.distance_metric)
-        self._last = found._replace(loss=found.loss.detach()), labels, mining
+        # without the loss, whose graph would live on; and past the module's own setter, whose time a small batch feels
+        self.__dict__["_last"] = found.active, found.hardest_positive, found.hardest_negative, labels, mining
         return found.loss
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,8 +34,7 @@ def must_retokenize(model: nn.Module, guide: nn.Module) -> bool:
         InputError: when it cannot, and the model is a StaticEmbedding, whose features hold no texts to decode.
     """
     differ = model.tokenizer.get_vocab() != guide.tokenizer.get_vocab()  # type: ignore[operator, union-attr]
-    lengths = [getattr(m, "max_seq_length", getattr(m, "max_length", None)) for m in (guide, model)]
-    shorter = None not in lengths and lengths[0] < lengths[1]
+    shorter = _longest(guide) < _longest(model)
     if (differ or shorter) and reads_static_embeddings(model):
         raise InputError(
             "The guide has another tokenizer, so texts must be decoded and tokenised again: then the Sentence "
@@ -47,7 +47,14 @@ def retokenized(features: Features, tokenizer: Any, guide: nn.Module) -> Feature
     """The guide's features of the texts that `tokenizer` made `features` from, on the guide's device."""
     texts = tokenizer.batch_decode(_token_ids(features), skip_special_tokens=True)
     made = guide.preprocess(texts)  # type: ignore[operator]
-    return {key: value.to(guide.device) if isinstance(value, Tensor) else value for key, value in made.items()}
+    device: Any = guide.device
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in made.items()}
+
+
+def _longest(model: Any) -> float:
+    """How many tokens a model takes, by sentence-transformers' name or by ours; models that do not say take any."""
+    found = getattr(model, "max_seq_length", getattr(model, "max_length", None))
+    return math.inf if found is None else found
 
 
 def _token_ids(features: Features) -> Any:

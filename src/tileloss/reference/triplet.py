@@ -49,8 +49,7 @@ def triplet_loss(
     Memory: several (B, B) matrices, and for "all" several of the number of pairs of anchor and positive times B.
     """
     same = labels[:, None] == labels
-    positive = same.clone().fill_diagonal_(False)
-    t, terms, farthest_positive, nearest_negative = _MINING[mining](distances, same, positive, margin)
+    t, terms, farthest_positive, nearest_negative = _MINING[mining](distances, same, margin)
     if soft:
         active = torch.as_tensor(terms, device=labels.device)
         t = F.softplus(t.clamp_min(_NOTHING))
@@ -86,7 +85,8 @@ def euclidean_distances(
     return distances.masked_fill(nearly_equal, INF).sqrt().masked_fill(nearly_equal, 0.0)
 
 
-def _all(distances: Tensor, same: Tensor, positive: Tensor, margin: float) -> _Terms:
+def _all(distances: Tensor, same: Tensor, margin: float) -> _Terms:
+    positive = same.clone().fill_diagonal_(False)
     anchor, other = positive.nonzero(as_tuple=True)
     negatives = distances.masked_fill(same, INF)
     t = (distances[anchor, other][:, None] + margin) - negatives.index_select(0, anchor)
@@ -94,17 +94,19 @@ def _all(distances: Tensor, same: Tensor, positive: Tensor, margin: float) -> _T
     return t, terms, (distances.detach() * positive).amax(dim=1), negatives.detach().amin(dim=1)
 
 
-def _hard(distances: Tensor, same: Tensor, positive: Tensor, margin: float) -> _Terms:
+def _hard(distances: Tensor, same: Tensor, margin: float) -> _Terms:
     """Anchors without a positive take zero for its distance, those without a negative the farthest row's."""
-    farthest_positive = (distances * positive.to(distances.dtype)).max(dim=1).values
+    positive = same.to(distances.dtype).fill_diagonal_(0.0)
+    farthest_positive = (distances * positive).max(dim=1).values
     farthest = distances.max(dim=1, keepdim=True).values
     nearest_negative = torch.addcmul(distances, farthest, same.to(distances.dtype)).min(dim=1).values
     t = farthest_positive - nearest_negative + margin
     return t, len(same), farthest_positive, nearest_negative
 
 
-def _semi_hard(distances: Tensor, same: Tensor, positive: Tensor, margin: float) -> _Terms:
+def _semi_hard(distances: Tensor, same: Tensor, margin: float) -> _Terms:
     """In a batch without negatives their distance counts as zero."""
+    positive = same.clone().fill_diagonal_(False)
     negatives = distances.masked_fill(same, INF).sort(dim=1, stable=True).values
     place = torch.searchsorted(negatives.detach(), distances.detach().contiguous(), right=True)
     beyond = negatives.gather(1, place.clamp_max_(len(same) - 1))
