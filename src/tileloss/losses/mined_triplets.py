@@ -68,6 +68,11 @@ class MinedTripletLoss(nn.Module):
         """The statistics of the last call, detached and made when they are asked for; None before the first."""
         return None if self._last is None else statistics(*self._last)
 
+    @stats.setter
+    def stats(self, nothing: None) -> None:
+        """Setting them to None forgets the last call, and frees what it left behind."""
+        self.__dict__["_last"] = nothing
+
     def get_config_dict(self) -> dict[str, Any]:
         """The settings, as a model card shows them; keys and values are sentence-transformers'."""
         return {"distance_metric": getattr(self.distance_metric, "__name__", str(self.distance_metric))}
