@@ -59,7 +59,7 @@ VALUES = [
     (call(scale=float("inf")), "Scale must be a positive value. Got inf"),
     (call(queries=QUERIES.tolist()), "queries must be a tensor, got list"),
     (call(docs=None), "docs must be a tensor, got NoneType"),
-    (call(exclude=[0, 1, 2, 3]), "exclude must be a tensor of integer ids or booleans, got list"),
+    (call(exclude=[0, 1, 2, 3]), "exclude must be a tensor of integer ids or booleans, or a tileloss.Guide, got list"),
     (call(directions=()), "At least one direction"),
     (call(directions=None), "At least one direction"),
     (call(directions="query_to_doc"), "write ('query_to_doc',)"),
@@ -73,7 +73,10 @@ VALUES = [
     (call(hardness=("all_negatives", float("nan"))), "hardness_strength must be non-negative, got nan"),
     (call(hardness="all_negatives"), "hardness must be a pair (mode, strength)"),
     (call(hardness=("all_negatives",)), "hardness must be a pair (mode, strength)"),
-    (call(similarity="euclid"), "similarity must be one of ['cosine', 'dot', 'euclidean', 'manhattan']"),
+    (
+        call(similarity="euclid"),
+        "similarity must be one of ['cosine', 'torch_cosine', 'dot', 'euclidean', 'manhattan']",
+    ),
     (call(similarity=3), "or a callable, got 3"),
     (call(backend="cuda"), "must be 'auto' or one of ['reference', 'tiled', 'triton'], got 'cuda'"),
 ]
