@@ -75,7 +75,7 @@ VALUES = [
     (call(hardness=("all_negatives",)), "hardness must be a pair (mode, strength)"),
     (
         call(similarity="euclid"),
-        "similarity must be one of ['cosine', 'torch_cosine', 'dot', 'euclidean', 'manhattan']",
+        "similarity must be one of ['cosine', 'torch_cosine', 'dot', 'euclidean'",
     ),
     (call(similarity=3), "or a callable, got 3"),
     (call(backend="cuda"), "must be 'auto' or one of ['reference', 'tiled', 'triton'], got 'cuda'"),
