@@ -38,8 +38,8 @@ gpu: tree ## on a GPU machine: its tests and its sweep, within ten minutes and w
 		$$python -c '$(HAS_GPU)' || { echo "make gpu: torch finds no CUDA, ROCm or XPU device here" >&2; exit 1; }; \
 	fi; \
 	export PYTHONSAFEPATH=1 PYTHONPATH="$(TREE)$${PYTHONPATH:+:$$PYTHONPATH}"; \
-	timeout 200 $$python -m pytest -m gpu; tests=$$?; \
-	timeout 365 $$python -c 'import sys; from tileloss.cli import main; sys.exit(main())' \
+	timeout 300 $$python -m pytest -m gpu; tests=$$?; \
+	timeout 280 $$python -c 'import sys; from tileloss.cli import main; sys.exit(main())' \
 		bench --preset gpu --out "$(OUT)"; sweep=$$?; \
 	[ $$tests -eq 0 ] && [ $$sweep -eq 0 ] || { echo "make gpu: tests ended with $$tests, the sweep with $$sweep" >&2; exit 1; }
 

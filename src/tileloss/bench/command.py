@@ -54,7 +54,7 @@ def _gpu_plan() -> Plan:
     sizes = product(_doubling(512, 262_144), ("bfloat16", "float32"))
     cases = [Case("default", batch, 768, dtype, _accelerator() or "cuda") for batch, dtype in sizes]
     contestants = [name for name in CONTESTANTS if name not in _LEFT_OUT_ON_A_GPU]
-    return Plan("gpu", cases, contestants, rounds=3, minutes=5.5)
+    return Plan("gpu", cases, contestants, rounds=3, minutes=4.2)
 
 
 PRESETS = {"targets": _targets_plan, "gpu": _gpu_plan}
@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     sizes.add_argument("--device", choices=("cpu", "cuda", "xpu"), help="default: the GPU if there is one")
     parser.add_argument("--rounds", type=_number(int, 3), help="least samples of each time; default: 5, gpu preset 3")
     parser.add_argument("--memory-limit", type=_number(float, 0), metavar="GIB", help="default: what is free")
-    parser.add_argument("--time-limit", type=_number(float, 0), metavar="MINUTES", help="default: 30, gpu preset 5.5")
+    parser.add_argument("--time-limit", type=_number(float, 0), metavar="MINUTES", help="default: 30, gpu preset 4.2")
     parser.add_argument(
         "--out", type=Path, default=Path("benchmarks/results"), help="folder of the results; default: %(default)s"
     )

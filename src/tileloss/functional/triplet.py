@@ -27,8 +27,9 @@ MINING = ("all", "hard", "semi_hard")
 DISTANCES = ("euclidean", "squared_euclidean", "cosine")
 
 # how much more the materialised form does to each distance than to a similarity of in-batch negatives, in effect: on
-# two CPU cores blocks pay from about 90 rows with "all", from about 115 with the others
-_WORK = {"all": 8, "hard": 5, "semi_hard": 5}
+# two CPU cores blocks pay from about 90 rows with "all" (later for small classes, sooner for large ones) and
+# "semi_hard", from about 180 with "hard"
+_WORK = {"all": 8, "hard": 2, "semi_hard": 8}
 
 DistanceFn = Callable[[Tensor], Tensor]
 
