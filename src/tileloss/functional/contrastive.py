@@ -16,9 +16,10 @@ from torch import Tensor
 
 from tileloss import backend, reference
 from tileloss.errors import DeviceError, DtypeError, InputError, ShapeError
+from tileloss.functional.checks import check_queries_and_docs
 from tileloss.functional.contrastive_op import block_loss
 from tileloss.guide import Guide
-from tileloss.similarity import SimilarityFn, full_precision, is_rowwise, up_dtype
+from tileloss.similarity import SimilarityFn, full_precision, is_rowwise
 from tileloss.spec import ContrastiveSpec
 
 
@@ -168,24 +169,8 @@ def check_scale(scale: float | Tensor) -> None:
 
 
 def _check_embeddings(queries: Tensor, docs: Tensor, spec: ContrastiveSpec) -> None:
-    for name, x in (("queries", queries), ("docs", docs)):
-        if not isinstance(x, Tensor):
-            raise InputError(f"{name} must be a tensor, got {type(x).__name__}.")
-        if x.ndim != 2:
-            raise ShapeError(f"{name} must be a matrix of embeddings (rows, dimension), got shape {tuple(x.shape)}.")
-        if not x.is_floating_point():
-            raise DtypeError(f"{name} must hold floating-point numbers, got {x.dtype}.")
-    if queries.device != docs.device:
-        raise DeviceError(f"queries are on {queries.device} and docs on {docs.device}; move both to one device.")
-    if queries.shape[1] != docs.shape[1]:
-        raise ShapeError(f"queries have width {queries.shape[1]} and docs {docs.shape[1]}; embed both by one model.")
-    if up_dtype(queries.dtype) != up_dtype(docs.dtype):
-        raise DtypeError(f"queries are {queries.dtype} and docs {docs.dtype}; convert one to the other's dtype.")
+    check_queries_and_docs(queries, docs)
     size, count = len(queries), len(docs)
-    if count < size:
-        raise ShapeError(
-            f"There are {size} queries and only {count} docs: docs[i] must be the positive of queries[i]."
-        )
     if size and count % size and ("doc_to_doc" in spec.directions or spec.weighs_hardness):
         raise ShapeError(
             f"doc_to_doc and hardness must know whose negatives the docs are: their number ({count}) must be a "

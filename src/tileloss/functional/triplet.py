@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tileloss import backend
 from tileloss.errors import DeviceError, DtypeError, InputError, ShapeError
+from tileloss.functional.checks import check_rows
 from tileloss.functional.triplet_op import block_loss, materialised_loss
 from tileloss.reference.triplet import Mined
 from tileloss.reference.triplet import triplet_loss as definition
@@ -194,13 +195,7 @@ def _check_margin(margin: float | str) -> float:
 
 
 def _check_embeddings(embeddings: Any) -> None:
-    if not isinstance(embeddings, Tensor):
-        raise InputError(f"embeddings must be a tensor, got {type(embeddings).__name__}.")
-    if embeddings.ndim != 2:
-        shape = tuple(embeddings.shape)
-        raise ShapeError(f"embeddings must be a matrix of embeddings (rows, dimension), got shape {shape}.")
-    if not embeddings.is_floating_point():
-        raise DtypeError(f"embeddings must hold floating-point numbers, got {embeddings.dtype}.")
+    check_rows("embeddings", embeddings)
     if len(embeddings) == 0:
         raise ShapeError("There are no embeddings: a triplet loss needs a batch of at least one row.")
 
