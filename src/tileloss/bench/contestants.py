@@ -95,8 +95,8 @@ def _of_class(loss_class: type[nn.Module], workload: Workload) -> Loss:
         return lambda columns: guided(workload.features(columns), None)
     loss = loss_class(nn.Identity(), **workload.options)
     if not hasattr(loss, "compute_loss_from_embeddings"):
-        return lambda columns: loss(workload.features(columns), None)
-    return lambda columns: loss.compute_loss_from_embeddings(columns, workload.labels(columns[0]))  # type: ignore[operator]
+        return lambda columns: loss(workload.features(columns), workload.labels(columns))
+    return lambda columns: loss.compute_loss_from_embeddings(columns, workload.labels(columns))  # type: ignore[operator]
 
 
 def _tileloss_on(backend: str) -> Callable[[Workload], Loss]:
@@ -145,7 +145,7 @@ def _metric_learning(workload: Workload) -> Loss:
     loss = TripletMarginLoss(margin=5.0, distance=distance, reducer=reducer, triplets_per_anchor="all")
 
     def run(columns: list[Tensor]) -> Tensor:
-        labels = workload.labels(columns[0])
+        labels = workload.labels(columns)
         return loss(columns[0], labels, miner(columns[0], labels) if miner else None)
 
     return run

@@ -48,7 +48,8 @@ class Workload:
         loss: the class's name, in `tileloss.losses` as in sentence-transformers.
         options: the constructor's keyword arguments besides the model.
         columns: how many (B, D) embedding matrices the loss takes: queries, positives, then hard negatives.
-        per_class: how many rows carry each label, for losses of one column and labels; None for those without.
+        per_class: how many rows carry each label, for losses of classes; None for those without.
+        targets: makes the labels of any other loss from the columns; it must give the same ones at every call.
         guided: whether the loss takes a guide's embeddings beside the model's, and so a guide in its constructor.
         matrices: how many B x M matrices a materialised form holds at once: a guess, used until it is measured.
         plain: the same loss in a few lines of PyTorch, a function of the columns; None where nobody wrote one.
@@ -60,13 +61,16 @@ class Workload:
     options: Mapping[str, Any] = field(default_factory=dict)
     columns: int = 2
     per_class: int | None = None
+    targets: Callable[[Sequence[Tensor]], Tensor] | None = None
     guided: bool = False
     matrices: int = 5
     plain: Callable[[Sequence[Tensor]], Tensor] | None = None
 
-    def labels(self, embeddings: Tensor) -> Tensor | None:
-        """Labels (B,) for embeddings (B, D), the classes in turn; None for a loss without labels."""
-        return None if self.per_class is None else _labels(len(embeddings), self.per_class, embeddings.device)
+    def labels(self, columns: Sequence[Tensor]) -> Tensor | None:
+        """What the loss is given beside the columns, made once: classes in turn (B,), `targets`, or None."""
+        if self.per_class is not None:
+            return _classes(len(columns[0]), self.per_class, columns[0].device)
+        return None if self.targets is None else _targets(self.targets, tuple(columns))
 
     def features(self, columns: Sequence[Tensor]) -> list[dict[str, Any]]:
         """Feature dicts for models that hand embeddings through: of each column the model's, and a guide's."""
@@ -106,8 +110,29 @@ def _guide_embeddings(shape: torch.Size, docs: int, dtype: torch.dtype, device: 
 
 
 @functools.cache
-def _labels(batch: int, per_class: int, device: torch.device) -> Tensor:
+def _classes(batch: int, per_class: int, device: torch.device) -> Tensor:
     return torch.arange(batch, device=device) % max(batch // per_class, 1)
+
+
+@functools.lru_cache(maxsize=1)
+def _targets(make: Callable[[Sequence[Tensor]], Tensor], columns: tuple[Tensor, ...]) -> Tensor:
+    return make(columns)
+
+
+def uniform(columns: Sequence[Tensor]) -> Tensor:
+    """A number in [0, 1) for each row (B,), such as a graded similarity."""
+    return _generated(columns, lambda generator, like: torch.rand(len(like), device=like.device, generator=generator))
+
+
+def binary(columns: Sequence[Tensor]) -> Tensor:
+    """0 or 1 for each row (B,)."""
+    return _generated(
+        columns, lambda generator, like: torch.randint(2, (len(like),), device=like.device, generator=generator)
+    )
+
+
+def _generated(columns: Sequence[Tensor], make: Callable[[torch.Generator, Tensor], Tensor]) -> Tensor:
+    return make(torch.Generator(columns[0].device).manual_seed(2), columns[0])
 
 
 WORKLOADS = {
