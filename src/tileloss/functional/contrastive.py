@@ -37,6 +37,18 @@ class ContrastiveStats(NamedTuple):
     hardest_negative_similarity: Tensor
 
 
+class Call(NamedTuple):
+    """A call whose arguments fit together, as the backends take it."""
+
+    queries: Tensor  # (B, D) strided
+    docs: Tensor  # (M, D) strided
+    scale: float | Tensor  # a tensor: 0-dim
+    spec: ContrastiveSpec
+    doc_ids: Tensor | None  # (M,)
+    mask: Tensor | None  # (B, M) boolean
+    guide: Guide | None
+
+
 @backend.accepts_backend
 def contrastive_loss(
     queries: Tensor,  # (B, D)
@@ -127,25 +139,37 @@ def _contrastive(
     hardness: tuple[str | None, float] | None,
     exclude: Tensor | Guide | None,
 ) -> tuple[Tensor, ContrastiveStats]:
+    call = check_call(queries, docs, scale, similarity, directions, partition, hardness, exclude)
+    chosen = _backend(call.queries, call.docs, call.spec)
+    if chosen == "reference":
+        with full_precision(queries.device.type):
+            loss, stats = reference.contrastive_loss(*call)
+    else:
+        loss, stats = block_loss(*call, chosen)
+    return loss, ContrastiveStats(*stats.unbind())
+
+
+def check_call(
+    queries: Tensor,
+    docs: Tensor,
+    scale: float | Tensor,
+    similarity: str | SimilarityFn,
+    directions: Sequence[str],
+    partition: str,
+    hardness: tuple[str | None, float] | None,
+    exclude: Tensor | Guide | None,
+) -> Call:
+    """Refuse arguments of `contrastive_loss` that do not fit, and give the others in the backends' form."""
     directions = directions if isinstance(directions, str) else tuple(directions or ())
     spec = ContrastiveSpec(similarity, directions, partition, *_mode_and_strength(hardness))
     check_scale(scale)
     scale = scale.reshape(()) if isinstance(scale, Tensor) else scale  # so that its dtype never decides the result's
     _check_embeddings(queries, docs, spec)
     queries, docs = (x if x.layout == torch.strided else x.to_dense() for x in (queries, docs))
-    doc_ids = mask = guide = None
     if isinstance(exclude, Guide):
-        guide = exclude
-        _check_guide(guide, queries, docs, spec)
-    else:
-        doc_ids, mask = _exclusions(exclude, len(queries), docs)
-    chosen = _backend(queries, docs, spec)
-    if chosen == "reference":
-        with full_precision(queries.device.type):
-            loss, stats = reference.contrastive_loss(queries, docs, scale, spec, doc_ids, mask, guide)
-    else:
-        loss, stats = block_loss(queries, docs, scale, spec, doc_ids, mask, guide, chosen)
-    return loss, ContrastiveStats(*stats.unbind())
+        _check_guide(exclude, queries, docs, spec)
+        return Call(queries, docs, scale, spec, None, None, exclude)
+    return Call(queries, docs, scale, spec, *_exclusions(exclude, len(queries), docs), None)
 
 
 def _mode_and_strength(hardness: tuple[str | None, float] | None) -> tuple[str | None, float]:
