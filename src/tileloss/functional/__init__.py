@@ -2,7 +2,9 @@
 
 from tileloss.functional.contrastive import ContrastiveStats, contrastive_loss, contrastive_loss_with_stats
 from tileloss.functional.hardest import HardestNegatives, hardest_negatives
+from tileloss.functional.matryoshka import matryoshka_contrastive_loss, matryoshka_contrastive_loss_with_stats
 from tileloss.functional.pairwise import pairwise_distance, pairwise_similarity
+from tileloss.functional.prefix_cosines import prefix_cosines
 from tileloss.functional.triplet import TripletStats, triplet_loss, triplet_loss_with_stats
 from tileloss.functional.triplet_masks import TripletMasks, triplet_masks
 
@@ -14,8 +16,11 @@ __all__ = [
     "contrastive_loss",
     "contrastive_loss_with_stats",
     "hardest_negatives",
+    "matryoshka_contrastive_loss",
+    "matryoshka_contrastive_loss_with_stats",
     "pairwise_distance",
     "pairwise_similarity",
+    "prefix_cosines",
     "triplet_loss",
     "triplet_loss_with_stats",
     "triplet_masks",

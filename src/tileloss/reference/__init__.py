@@ -1,7 +1,8 @@
 """The definition of every primitive: materialised, the shortest correct PyTorch, gradients from autograd."""
 
 from tileloss.reference.contrastive import contrastive_loss
+from tileloss.reference.matryoshka import matryoshka_contrastive_loss
 from tileloss.reference.pairwise import pairwise_matrix
 from tileloss.reference.triplet_masks import triplet_masks
 
-__all__ = ["contrastive_loss", "pairwise_matrix", "triplet_masks"]
+__all__ = ["contrastive_loss", "matryoshka_contrastive_loss", "pairwise_matrix", "triplet_masks"]

@@ -1,0 +1,105 @@
+"""The in-batch softmax loss at several prefix widths at once, for embeddings that will be cut off (Matryoshka).
+
+The similarity at every prefix is a partial sum of one and the same product, so all widths together take about three
+full GEMMs, forward and backward, instead of three for each width. The price is a block of similarities for each
+width, of the same bounded size together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from tileloss import backend, reference
+from tileloss.errors import InputError
+from tileloss.functional.contrastive import ContrastiveStats, check_call
+from tileloss.functional.prefix_cosines import check_dims
+from tileloss.guide import Guide
+from tileloss.similarity import full_precision
+
+
+@backend.accepts_backend
+def matryoshka_contrastive_loss(
+    queries: Tensor,  # (B, D)
+    docs: Tensor,  # (M, D)
+    *,
+    dims: Sequence[int] | Mapping[int, float],
+    scale: float | Tensor = 20.0,
+    directions: Sequence[str] = ("query_to_doc",),
+    partition: str = "joint",
+    hardness: tuple[str | None, float] | None = None,
+    exclude: Tensor | Guide | None = None,
+) -> Tensor:
+    """The weighted sum over prefix widths d of `contrastive_loss(queries[:, :d], docs[:, :d])`, by cosine similarity.
+
+    Args:
+        queries: (B, D) floating point, any strides; sparse ones are made dense. The loss of an empty batch is nan.
+        docs: (M, D), M >= B, as `contrastive_loss` takes them.
+        dims: the K prefix widths, each from 1 to D, in any order, each of weight 1; or a mapping from width to weight.
+        scale: what cosines are multiplied by (1 / temperature); a positive number, or a 0-dim tensor, which gets its
+            gradient.
+        directions, partition, hardness, exclude: the objective at every width, as in `contrastive_loss`. A guide's
+            embeddings are not cut off.
+        backend: "reference", "tiled", "triton" or "auto", for this call alone; see `tileloss.backend`.
+
+    Returns:
+        A 0-dim tensor: float64 for float64 inputs, else float32. Differentiable in queries, docs and scale. A second
+        derivative goes through the materialised definition: exact, in O(K B M) memory.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, InputError: for inputs that do not fit, before any work.
+        BackendError: for a backend that was asked for by name and cannot run.
+
+    Source:
+        Kusupati et al. 2022 (arXiv 2205.13147), over van den Oord et al. 2018 (1807.03748).
+
+    >>> queries, docs = torch.randn(64, 32, requires_grad=True), torch.randn(64, 32)
+    >>> matryoshka_contrastive_loss(queries, docs, dims=[32, 16, 8]).backward()
+    >>> half = matryoshka_contrastive_loss(queries, docs, dims={32: 1.0, 16: 0.5})
+    """
+    return _matryoshka(queries, docs, dims, scale, directions, partition, hardness, exclude)[0]
+
+
+@backend.accepts_backend
+def matryoshka_contrastive_loss_with_stats(
+    queries: Tensor,  # (B, D)
+    docs: Tensor,  # (M, D)
+    *,
+    dims: Sequence[int] | Mapping[int, float],
+    scale: float | Tensor = 20.0,
+    directions: Sequence[str] = ("query_to_doc",),
+    partition: str = "joint",
+    hardness: tuple[str | None, float] | None = None,
+    exclude: Tensor | Guide | None = None,
+) -> tuple[Tensor, dict[int, ContrastiveStats]]:
+    """As `matryoshka_contrastive_loss`, with the statistics of the same pass at each width beside the loss."""
+    return _matryoshka(queries, docs, dims, scale, directions, partition, hardness, exclude)
+
+
+def _matryoshka(
+    queries: Tensor,
+    docs: Tensor,
+    dims: Sequence[int] | Mapping[int, float],
+    scale: float | Tensor,
+    directions: Sequence[str],
+    partition: str,
+    hardness: tuple[str | None, float] | None,
+    exclude: Tensor | Guide | None,
+) -> tuple[Tensor, dict[int, ContrastiveStats]]:
+    call = check_call(queries, docs, scale, "cosine", directions, partition, hardness, exclude)
+    widths = check_dims(dims, queries.shape[1])
+    weights = _weights(dims, len(widths))
+    with full_precision(queries.device.type):
+        loss, stats = reference.matryoshka_contrastive_loss(*call, widths, weights)
+    return loss, {width: ContrastiveStats(*row.unbind()) for width, row in zip(widths, stats, strict=True)}
+
+
+def _weights(dims: Sequence[int] | Mapping[int, float], count: int) -> list[float]:
+    if not isinstance(dims, Mapping):
+        return [1.0] * count
+    weights = [float(weight) for weight in dims.values()]
+    if not all(map(math.isfinite, weights)):
+        raise InputError(f"The weights of prefix widths must be finite numbers, got {weights}.")
+    return weights

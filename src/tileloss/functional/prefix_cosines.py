@@ -1,0 +1,80 @@
+"""Cosines of paired rows at several prefix widths at once.
+
+The dot product and the squared norms of a prefix are sums over the segments between one width and the next, so one
+read of both inputs gives the cosines at every width.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from tileloss import backend
+from tileloss.errors import DeviceError, DtypeError, InputError, ShapeError
+from tileloss.functional.checks import check_rows
+from tileloss.reference.prefix_cosines import prefix_cosines as definition
+from tileloss.similarity import full_precision, up_dtype
+
+
+@backend.accepts_backend
+def prefix_cosines(
+    a: Tensor,  # (B, D)
+    b: Tensor,  # (B, D)
+    dims: Sequence[int],
+) -> Tensor:  # (B, K)
+    """The cosine of the first d numbers of each row of `a` with those of the same row of `b`, for each d of `dims`.
+
+    Args:
+        a: (B, D) floating point, any strides.
+        b: (B, D).
+        dims: the K prefix widths, each from 1 to D, in any order.
+        backend: "reference", "tiled", "triton" or "auto", for this call alone; see `tileloss.backend`.
+
+    Returns:
+        (B, K), columns in the order of `dims`: float64 for float64 inputs, else float32. Norms are clamped at 1e-12.
+        Differentiable any number of times.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, InputError: for inputs that do not fit, before any work.
+        BackendError: for a backend that was asked for by name and cannot run.
+
+    Source:
+        Kusupati et al. 2022 (arXiv 2205.13147).
+
+    >>> a, b = torch.randn(8, 64, requires_grad=True), torch.randn(8, 64)
+    >>> prefix_cosines(a, b, [64, 32, 16]).shape
+    torch.Size([8, 3])
+    """
+    check_rows("a", a)
+    check_rows("b", b)
+    if a.shape != b.shape:
+        raise ShapeError(
+            f"a has shape {tuple(a.shape)} and b {tuple(b.shape)}; row i of one is paired with the other's."
+        )
+    if a.device != b.device:
+        raise DeviceError(f"a is on {a.device} and b on {b.device}; move both to one device.")
+    if up_dtype(a.dtype) != up_dtype(b.dtype):
+        raise DtypeError(f"a is {a.dtype} and b {b.dtype}; convert one to the other's dtype.")
+    dims = check_dims(dims, a.shape[1])
+    with full_precision(a.device.type):
+        return definition(a, b, dims)
+
+
+def check_dims(dims: Any, width: int) -> list[int]:
+    """The prefix widths as integers; refuses none at all, and what rows of `width` numbers have no prefix of."""
+    if isinstance(dims, str) or not hasattr(dims, "__iter__"):
+        raise InputError(f"dims must be a sequence of prefix widths, got {dims!r}.")
+    try:
+        found = [operator.index(dim) for dim in dims]
+    except TypeError:
+        raise InputError(f"dims must hold integers, got {list(dims)}.") from None
+    if not found:
+        raise InputError("You must provide at least one prefix width in dims.")
+    if min(found) <= 0:
+        raise InputError(f"All prefix widths in dims must be > 0, got {found}.")
+    if max(found) > width:
+        raise ShapeError(f"Prefix widths in dims cannot exceed the width of the embeddings, {width}, got {found}.")
+    return found
