@@ -9,7 +9,7 @@ Every other callable is materialised, unless it declares with `rowwise` that it 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from types import FunctionType
 from typing import Any, TypeVar
@@ -107,49 +107,70 @@ SIMILARITIES: dict[str, SimilarityFn] = {
     "euclidean": euclidean_sim,
     "manhattan": manhattan_sim,
 }
-_STOCK_FUNCTIONS = {"pytorch_cos_sim": "cosine"} | {fn.__name__: name for name, fn in SIMILARITIES.items()}
-_OURS = {fn: name for name, fn in SIMILARITIES.items()}
 _STOCK_PACKAGES = ("tileloss", "sentence_transformers")
+
+
+class StockSimilarities:
+    """A family of similarities that are known by name, and how other people's functions are recognised as them.
+
+    Attributes:
+        functions: name -> our function, which carries sentence-transformers' name for it.
+        method: the method of a SentenceTransformer that resolves to one of them, by its `similarity_fn_name`.
+    """
+
+    def __init__(self, functions: Mapping[str, SimilarityFn], method: str, aliases: Mapping[str, str]) -> None:
+        self.functions = functions
+        self.method = method
+        self._ours = {fn: name for name, fn in functions.items()}
+        self._by_function_name = dict(aliases) | {fn.__name__: name for name, fn in functions.items()}
+
+    def recognise(self, similarity: str | SimilarityFn) -> str | SimilarityFn:
+        """The name of a similarity of this family, or the callable itself when it is none.
+
+        Takes a name, one of our functions or its sentence-transformers namesake, a member of sentence-transformers'
+        `SimilarityFunction`, or the bound method of a SentenceTransformer.
+
+        Raises:
+            InputError: for any other name, or an object that is neither a name nor callable.
+        """
+        if isinstance(similarity, FunctionType) and similarity in self._ours:
+            return self._ours[similarity]
+        name = getattr(similarity, "value", similarity)  # an enum member carries the name as its value
+        if isinstance(name, str):
+            if name not in self.functions:
+                raise InputError(f"similarity must be one of {list(self.functions)} or a callable, got {name!r}.")
+            return name
+        if not callable(similarity):
+            raise InputError(f"similarity must be one of {list(self.functions)} or a callable, got {similarity!r}.")
+        bound_name = self.bound(similarity)
+        if bound_name in self.functions:
+            return bound_name
+        package = (getattr(similarity, "__module__", None) or "").partition(".")[0]
+        if package not in _STOCK_PACKAGES:
+            return similarity
+        return self._by_function_name.get(getattr(similarity, "__name__", ""), similarity)
+
+    def bound(self, similarity: Any) -> str:
+        """The `similarity_fn_name` of the model whose bound method this is, or an empty string."""
+        if getattr(similarity, "__name__", "") != self.method:
+            return ""
+        name = getattr(getattr(similarity, "__self__", None), "similarity_fn_name", "")
+        return str(getattr(name, "value", name))
+
+
+MATRICES = StockSimilarities(SIMILARITIES, "similarity", {"pytorch_cos_sim": "cosine"})
 
 
 def recognise(similarity: str | SimilarityFn) -> str | SimilarityFn:
     """The name of a similarity that has a block algorithm, or the callable itself when it has none.
 
-    Takes "cosine", "dot", "euclidean" or "manhattan", one of the functions above or its sentence-transformers
-    namesake, a member of sentence-transformers' `SimilarityFunction`, or the bound `model.similarity` of a
-    SentenceTransformer.
-
-    Raises:
-        InputError: for a name that is none of the four, or an object that is neither a name nor callable.
+    As `StockSimilarities.recognise` has it, for the matrices above: "cosine", "dot", "euclidean" or "manhattan".
     """
-    if isinstance(similarity, FunctionType) and similarity in _OURS:
-        return _OURS[similarity]
-    name = getattr(similarity, "value", similarity)  # an enum member carries the name as its value
-    if isinstance(name, str):
-        if name not in SIMILARITIES:
-            raise InputError(f"similarity must be one of {list(SIMILARITIES)} or a callable, got {name!r}.")
-        return name
-    if not callable(similarity):
-        raise InputError(f"similarity must be one of {list(SIMILARITIES)} or a callable, got {similarity!r}.")
-    bound_name = _bound_model_similarity(similarity)
-    if bound_name in SIMILARITIES:
-        return bound_name
-    package = (getattr(similarity, "__module__", None) or "").partition(".")[0]
-    if package not in _STOCK_PACKAGES:
-        return similarity
-    return _STOCK_FUNCTIONS.get(getattr(similarity, "__name__", ""), similarity)
+    return MATRICES.recognise(similarity)
 
 
-def _bound_model_similarity(similarity: Any) -> str:
-    """The `similarity_fn_name` of the model whose `similarity` this is, or an empty string."""
-    if getattr(similarity, "__name__", "") != "similarity":
-        return ""
-    name = getattr(getattr(similarity, "__self__", None), "similarity_fn_name", "")
-    return str(getattr(name, "value", name))
-
-
-def similarity_fct_name(similarity: str | SimilarityFn) -> str:
-    """How a loss' configuration names a similarity: sentence-transformers' own wording.
+def similarity_fct_name(similarity: str | SimilarityFn, stock: StockSimilarities = MATRICES) -> str:
+    """How a loss' configuration names a similarity of a family: sentence-transformers' own wording.
 
     A partial shows its keywords, `model.similarity` the function that it resolves to, an object with `get_config_dict`
     its settings; anything else its `__name__` or class name.
@@ -157,9 +178,9 @@ def similarity_fct_name(similarity: str | SimilarityFn) -> str:
     if isinstance(similarity, functools.partial):
         inner = getattr(similarity.func, "__name__", type(similarity.func).__name__)
         return _with_settings(inner, similarity.keywords)
-    known = similarity if isinstance(similarity, str) else _bound_model_similarity(similarity)
-    if known in SIMILARITIES:
-        return SIMILARITIES[known].__name__
+    known = similarity if isinstance(similarity, str) else stock.bound(similarity)
+    if known in stock.functions:
+        return stock.functions[known].__name__
     name = getattr(similarity, "__name__", type(similarity).__name__)
     config = getattr(similarity, "get_config_dict", None)
     return f"{name}({_settings(config())})" if config is not None else name

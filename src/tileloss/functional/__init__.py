@@ -3,6 +3,7 @@
 from tileloss.functional.contrastive import ContrastiveStats, contrastive_loss, contrastive_loss_with_stats
 from tileloss.functional.hardest import HardestNegatives, hardest_negatives
 from tileloss.functional.matryoshka import matryoshka_contrastive_loss, matryoshka_contrastive_loss_with_stats
+from tileloss.functional.pairs import paired_distance, paired_similarity
 from tileloss.functional.pairwise import pairwise_distance, pairwise_similarity
 from tileloss.functional.prefix_cosines import prefix_cosines
 from tileloss.functional.triplet import TripletStats, triplet_loss, triplet_loss_with_stats
@@ -18,6 +19,8 @@ __all__ = [
     "hardest_negatives",
     "matryoshka_contrastive_loss",
     "matryoshka_contrastive_loss_with_stats",
+    "paired_distance",
+    "paired_similarity",
     "pairwise_distance",
     "pairwise_similarity",
     "prefix_cosines",

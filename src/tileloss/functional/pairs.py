@@ -1,0 +1,129 @@
+"""Similarities and distances of two matrices row by row, in one pass each way.
+
+Losses of pairs need of two embeddings one number. Written out in PyTorch, the way there and back holds several copies
+of both matrices: unit rows, their products, and the gradients of each. Here the inputs are read once for the numbers
+and once for the gradients, and what is kept between is the inputs and a few numbers a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tileloss import backend, reference
+from tileloss.errors import DeviceError, InputError, ShapeError
+from tileloss.functional.checks import check_rows
+from tileloss.paired import DISTANCES, PAIRED
+from tileloss.similarity import full_precision
+
+_SIMILARITIES = tuple(PAIRED.functions)
+_METRICS = (*DISTANCES, "cosine", "torch_cosine")
+
+
+@backend.accepts_backend
+def paired_similarity(
+    a: Tensor,  # (B, D)
+    b: Tensor | Sequence[Tensor],  # (B, D), or N of them
+    *,
+    similarity: str = "cosine",
+) -> Tensor:  # (B,) or (B, N)
+    """Similarity of every row of `a` with the same row of `b`, or of each of several matrices.
+
+    Args:
+        a: (B, D) floating point, any strides; sparse ones are made dense.
+        b: (B, D), or a sequence of such matrices, each of which is compared with `a`. One row (1, D), on either side,
+            counts for all rows; neither it nor an expanded matrix is copied.
+        similarity: "cosine" (norms clamped at 1e-12), "torch_cosine" (as `torch.nn.functional.cosine_similarity`
+            clamps: at 1e-8, without the clamp in the gradient), "dot", "angle" (AnglE's, see
+            `tileloss.paired.pairwise_angle_sim`), or minus a distance: "euclidean", "manhattan".
+        backend: "reference", "tiled", "triton" or "auto", for this call alone; see `tileloss.backend`.
+
+    Returns:
+        (B,) for a matrix, (B, N) for a sequence: float64 if any input is, else float32; narrower inputs are read as
+        they are and summed in float32. Differentiable in all inputs; the gradient of a Euclidean distance of zero is
+        zero. A second derivative goes through the definition: exact, in the memory of plain PyTorch.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, InputError: for inputs that do not fit, before any work.
+        BackendError: for a backend that was asked for by name and cannot run.
+
+    Cost:
+        Time O(N B D), one read of each input forward; backward one read of each and one write of each gradient.
+        Memory beside inputs and gradients: a few numbers a row, and blocks of a few MB on a CPU.
+
+    Source:
+        The textbook's formulas; "angle" is Li and Li 2024 (arXiv 2309.12871).
+
+    >>> paired_similarity(torch.eye(2), torch.tensor([[3.0, 0.0], [3.0, 0.0]]))
+    tensor([1., 0.])
+    """
+    if similarity not in _SIMILARITIES:
+        raise InputError(f"similarity must be one of {list(_SIMILARITIES)}, got {similarity!r}.")
+    found = _measured(a, b, similarity, 0.0)
+    return -found if similarity in DISTANCES else found
+
+
+@backend.accepts_backend
+def paired_distance(
+    a: Tensor,  # (B, D)
+    b: Tensor | Sequence[Tensor],  # (B, D), or N of them
+    *,
+    metric: str = "euclidean",
+    eps: float = 0.0,
+) -> Tensor:  # (B,) or (B, N)
+    """Distance of every row of `a` to the same row of `b`, or of each of several matrices.
+
+    As `paired_similarity`, whose arguments, errors and cost it shares, but for what it returns.
+
+    Args:
+        a: (B, D) floating point.
+        b: (B, D), or a sequence of such matrices.
+        metric: "euclidean", "squared_euclidean", "manhattan", or 1 - "cosine" or "torch_cosine".
+        eps: is added to every difference of a Euclidean or Manhattan distance, as
+            `torch.nn.functional.pairwise_distance` does with 1e-6: equal rows are then at a distance, and have a
+            gradient.
+        backend: "reference", "tiled", "triton" or "auto", for this call alone; see `tileloss.backend`.
+
+    Returns:
+        (B,) for a matrix, (B, N) for a sequence: float64 if any input is, else float32. Differentiable in all inputs.
+
+    >>> paired_distance(torch.zeros(2, 2), torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
+    tensor([5., 1.])
+    """
+    if metric not in _METRICS:
+        raise InputError(f"metric must be one of {list(_METRICS)}, got {metric!r}.")
+    found = _measured(a, b, metric, eps)
+    return found if metric in DISTANCES else 1 - found
+
+
+def _measured(a: Tensor, b: Tensor | Sequence[Tensor], measure: str, eps: float) -> Tensor:
+    if isinstance(b, Tensor):
+        return _measured(a, [b], measure, eps)[:, 0]
+    check_rows("a", a)
+    _check_others(a, b)
+    rows = max(len(x) for x in (a, *b))
+    a, *others = (_dense(x).expand(rows, -1) for x in (a, *b))
+    with full_precision(a.device.type):
+        return reference.paired_measure(a, others, measure, eps)
+
+
+def _check_others(a: Tensor, others: Sequence[Tensor]) -> None:
+    if len(others) == 0:
+        raise InputError("There is nothing to compare a with: b is an empty sequence.")
+    for place, b in enumerate(others):
+        name = "b" if len(others) == 1 else f"b[{place}]"
+        check_rows(name, b)
+        if a.device != b.device:
+            raise DeviceError(f"a is on {a.device} and {name} on {b.device}; move both to one device.")
+        if a.shape[1] != b.shape[1]:
+            raise ShapeError(
+                f"Rows of a have {a.shape[1]} numbers and rows of {name} {b.shape[1]}; embed both by one model."
+            )
+        if len(a) != len(b) and 1 not in (len(a), len(b)):
+            raise ShapeError(f"a has {len(a)} rows and {name} {len(b)}: row i of one is compared with row i of both.")
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.layout == torch.strided else x.to_dense()
