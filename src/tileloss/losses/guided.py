@@ -1,0 +1,153 @@
+"""What the losses with a guide have in common: their settings, and the loss of embeddings that both models made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tileloss.backend import say_once
+from tileloss.errors import InputError, ShapeError
+from tileloss.functional.contrastive import ContrastiveStats, contrastive_loss_with_stats
+from tileloss.guide import STRATEGIES, Guide, thresholds
+from tileloss.losses.cross_entropy import is_plain
+from tileloss.losses.multiple_negatives_ranking import check_single_process
+from tileloss.losses.retokenize import check_tokenizers, must_retokenize, retokenized
+from tileloss.minibatches import Features
+
+
+class GuidedLoss(nn.Module):
+    """In-batch softmax cross-entropy without the negatives that a guide finds more similar than the positive.
+
+    Subclasses embed the columns by both models and call `loss_of_columns`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        guide: nn.Module,
+        temperature: float,
+        margin_strategy: str,
+        margin: float,
+        contrast_anchors: bool,
+        contrast_positives: bool,
+        gather_across_devices: bool,
+    ) -> None:
+        super().__init__()
+        if margin_strategy not in STRATEGIES:
+            raise InputError(f"margin_strategy must be 'absolute' or 'relative', got {margin_strategy!r}.")
+        if not temperature > 0:
+            raise InputError(f"temperature must be a positive number, got {temperature!r}.")
+        check_tokenizers(model, guide)
+        self.model = model
+        self.guide = guide
+        self.temperature = temperature
+        self.similarity_fct = nn.CosineSimilarity(dim=-1)
+        self.must_retokenize = must_retokenize(model, guide)
+        if self.must_retokenize:
+            self.tokenizer = model.tokenizer
+        self.margin_strategy = margin_strategy
+        self.margin = margin
+        self.contrast_anchors = contrast_anchors
+        self.contrast_positives = contrast_positives
+        self.gather_across_devices = gather_across_devices
+        self.cross_entropy_loss = nn.CrossEntropyLoss()
+        self.stats: ContrastiveStats | None = None
+
+    def guide_features(self, features: Features) -> Features:
+        """What the guide is given for a column or mini-batch, made before the model writes its outputs into it."""
+        return retokenized(features, self.tokenizer, self.guide) if self.must_retokenize else dict(features)
+
+    def loss_of_columns(
+        self,
+        embeddings: Sequence[Tensor],  # anchors, positives, negatives: (B, D) each
+        guide_embeddings: Sequence[Tensor],  # the same texts by the guide: (B, G) each
+    ) -> Tensor:
+        """The loss (0-dim), in the embeddings' dtype."""
+        if self.gather_across_devices:
+            check_single_process()
+        anchors, positives, *negatives = embeddings
+        if len(positives) != len(anchors):
+            raise ShapeError(f"There are {len(anchors)} anchors but {len(positives)} positives; each needs its own.")
+        if not self._is_stock():
+            say_once(
+                f"{type(self).__name__} runs materialised: its similarity_fct or cross_entropy_loss was replaced."
+            )
+            return self._materialised(embeddings, guide_embeddings)
+        guide_anchors, guide_positives, *guide_negatives = guide_embeddings
+        loss, self.stats = contrastive_loss_with_stats(
+            anchors,
+            torch.cat([positives, *negatives]) if negatives else positives,
+            scale=1.0 / self.temperature,
+            similarity="torch_cosine",
+            directions=self._directions(),
+            exclude=Guide(
+                guide_anchors,
+                torch.cat([guide_positives, *guide_negatives]) if guide_negatives else guide_positives,
+                self.margin,
+                self.margin_strategy,
+            ),
+        )
+        return loss.to(anchors.dtype)
+
+    def _directions(self) -> list[str]:
+        sides = {"query_to_query": self.contrast_anchors, "doc_to_doc": self.contrast_positives}
+        return ["query_to_doc", *(name for name, wanted in sides.items() if wanted)]
+
+    def _is_stock(self) -> bool:
+        """Whether similarity and cross-entropy are those that the block algorithm computes."""
+        similarity = self.similarity_fct
+        stock = type(similarity) is nn.CosineSimilarity and (similarity.dim, similarity.eps) == (-1, 1e-8)
+        return stock and is_plain(self.cross_entropy_loss)
+
+    def sim_matrix(
+        self,
+        embed1: Tensor,  # (N, D)
+        embed2: Tensor,  # (M, D)
+    ) -> Tensor:  # (N, M)
+        """All similarities by `similarity_fct`, in N x M x D memory; the loss itself does without."""
+        return self.similarity_fct(embed1.unsqueeze(1), embed2.unsqueeze(0))
+
+    def _materialised(
+        self, embeddings: Sequence[Tensor], guide_embeddings: Sequence[Tensor], rows: slice = slice(None)
+    ) -> Tensor:
+        """The definition, for a similarity or a cross-entropy that a user has put in place of the stock ones.
+
+        Of some rows alone if asked for, as their mean; targets and candidates are those of the whole batch.
+        """
+        limit: Tensor | None = None
+        logits = []
+        own = torch.arange(len(embeddings[0]), device=embeddings[0].device)[rows, None]
+        for left, right in self._pairs(len(embeddings)):
+            guided = self.sim_matrix(guide_embeddings[left][rows], guide_embeddings[right])
+            if limit is None:  # the first pair is that of anchors and positives
+                limit = thresholds(guided.gather(1, own), self.margin, self.margin_strategy)
+                excluded = (guided > limit).scatter(1, own, False)
+            else:
+                excluded = guided > limit
+            similarities = self.sim_matrix(embeddings[left][rows], embeddings[right])
+            logits.append(similarities.masked_fill(excluded, float("-inf")))
+        return self.cross_entropy_loss(torch.cat(logits, dim=1) / self.temperature, own[:, 0])
+
+    def _pairs(self, columns: int) -> Iterator[tuple[int, int]]:
+        """The columns that are compared with each other, in the order of the logits."""
+        yield 0, 1
+        if self.contrast_anchors:
+            yield 0, 0
+        if self.contrast_positives:
+            yield 1, 1
+        yield from ((0, negatives) for negatives in range(2, columns))
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The settings, as a model card shows them; keys and values are sentence-transformers'."""
+        return {
+            "guide": self.guide,
+            "temperature": self.temperature,
+            "margin_strategy": self.margin_strategy,
+            "margin": self.margin,
+            "contrast_anchors": self.contrast_anchors,
+            "contrast_positives": self.contrast_positives,
+            "gather_across_devices": self.gather_across_devices,
+        }
