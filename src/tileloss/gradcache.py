@@ -89,7 +89,7 @@ class GradCache(nn.Module):
     def calculate_loss(
         self,
         reps: Sequence[Sequence[Tensor]],  # of each column, of each mini-batch: (rows, D)
-        labels: Tensor | None = None,
+        labels: Any = None,
         *,
         with_backward: bool = False,
     ) -> Tensor:
@@ -142,30 +142,51 @@ class GradCache(nn.Module):
         if not all(ranges):
             raise ShapeError("The batch is empty: every column needs at least one row.")
         reps: list[list[Tensor]] = []
-        random_states: list[list[RandContext | None]] = []
+        between: list[tuple[tuple[Any, ...], ...]] = []
+        random_states: list[tuple[RandContext | None, ...]] = []
         for features, column_ranges in zip(columns, ranges, strict=True):
             embedded = self.embed_minibatch_iter(
                 sentence_feature=features, with_grad=False, copy_random_state=recording, ranges=column_ranges
             )
-            parts, states = zip(*((_kept(part, recording), state) for part, state in embedded), strict=True)
+            kept = ((_kept(part, recording), *others) for part, *others in embedded)
+            parts, *others, states = zip(*kept, strict=True)
             reps.append(list(parts))
-            random_states.append(list(states))
+            between.append(tuple(others))
+            random_states.append(states)
+        beside = self._beside(between, labels)
         if not recording:
-            return self.calculate_loss(reps, labels)
-        own = self._own_tensors()
-        with _set_aside(own) as gradients_of_own:
-            loss = self.calculate_loss(reps, labels, with_backward=True).detach().requires_grad_()
+            return self.calculate_loss(reps, beside)
+        with _set_aside(self._own_tensors()) as gradients_of_own:
+            loss, gradients = self.calculate_loss_and_cache_gradients(reps, beside)
+        autocast = _autocast_here(reps[0][0].device)
+        replay = _Replay(self, columns, ranges, random_states, gradients, list(gradients_of_own()), autocast)
+        loss.register_hook(replay)
+        return loss
+
+    def calculate_loss_and_cache_gradients(
+        self, reps: Sequence[Sequence[Tensor]], beside: Any = None
+    ) -> tuple[Tensor, list[list[Tensor]]]:
+        """The loss (0-dim, a new leaf) and the gradient of each mini-batch's embeddings.
+
+        Args:
+            reps: of each column the embeddings of its mini-batches, which require gradients and have none yet.
+            beside: what `calculate_loss` is given beside them: the labels.
+        """
+        loss = self.calculate_loss(reps, beside, with_backward=True).detach().requires_grad_()
         unused = [str(index) for index, parts in enumerate(reps) if any(part.grad is None for part in parts)]
         if unused:
             raise InputError(
                 f"The loss computation of {type(self).__name__} did not use input column(s) {', '.join(unused)}: "
                 "their embeddings received no gradient. A column costs two forward passes; remove it from the dataset."
             )
-        gradients = [[part.grad for part in parts if part.grad is not None] for parts in reps]
-        autocast = _autocast_here(reps[0][0].device)
-        replay = _Replay(self, columns, ranges, random_states, gradients, list(gradients_of_own()), autocast)
-        loss.register_hook(replay)
-        return loss
+        return loss, [[part.grad for part in parts if part.grad is not None] for parts in reps]
+
+    def _beside(self, between: Sequence[tuple[tuple[Any, ...], ...]], labels: Tensor | None) -> Any:
+        """What `calculate_loss` is given beside the embeddings: the labels.
+
+        Or, of each column, what `embed_minibatch` returns between the embeddings and the random state.
+        """
+        return labels
 
     def _own_tensors(self) -> list[Tensor]:
         """What the loss trains beside the model, such as a scale: gets its gradient when the model gets its own."""
@@ -214,7 +235,7 @@ class _Replay:
     loss: GradCache
     columns: list[Features]
     ranges: list[list[Range]]
-    random_states: list[list[RandContext | None]]
+    random_states: list[tuple[RandContext | None, ...]]
     gradients: list[list[Tensor]]
     own: list[tuple[Tensor, Tensor]]
     autocast: Callable[[], AbstractContextManager[None]]

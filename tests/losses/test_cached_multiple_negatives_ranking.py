@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tileloss import similarity as ours
+from tileloss.bench.measure import cpu_peak
 from tileloss.errors import InputError, ShapeError
 from tileloss.gradcache import GradCache
 from tileloss.losses import (
@@ -302,14 +303,7 @@ def test_memory_of_the_loss_stage_is_linear_in_the_batch(directions: tuple[str, 
         loss = CachedMultipleNegativesRankingLoss(identity(), directions=directions)
         reps = [[torch.randn(size // 4, 16).requires_grad_() for _ in range(4)] for _ in range(2)]
         gc.collect()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            loss.calculate_loss(reps, with_backward=True)
-        events = [x for x in profile.profiler.kineto_results.events() if x.name() == "[memory]"]
-        now = highest = 0
-        for event in sorted(events, key=lambda x: x.start_ns()):
-            now += event.nbytes()
-            highest = max(highest, now)
-        return highest
+        return cpu_peak(lambda: loss.calculate_loss(reps, with_backward=True))
 
     small, large = peak(512), peak(2048)
     assert small > 2 * 512 * 16 * 4, "the gradients at least"

@@ -1,25 +1,33 @@
 """The loss classes, under sentence-transformers' names, module names and signatures."""
 
+from tileloss.losses.adaptive_layer import AdaptiveLayerLoss
 from tileloss.losses.batch_all_triplet import BatchAllTripletLoss
 from tileloss.losses.batch_hard_soft_margin_triplet import BatchHardSoftMarginTripletLoss
 from tileloss.losses.batch_hard_triplet import BatchHardTripletLoss, BatchHardTripletLossDistanceFunction
 from tileloss.losses.batch_semi_hard_triplet import BatchSemiHardTripletLoss
+from tileloss.losses.cached_gist_embed import CachedGISTEmbedLoss
 from tileloss.losses.cached_multiple_negatives_ranking import CachedMultipleNegativesRankingLoss
 from tileloss.losses.cached_multiple_negatives_symmetric_ranking import CachedMultipleNegativesSymmetricRankingLoss
 from tileloss.losses.gist_embed import GISTEmbedLoss
+from tileloss.losses.matryoshka import MatryoshkaLoss
+from tileloss.losses.matryoshka_2d import Matryoshka2dLoss
 from tileloss.losses.mega_batch_margin import MegaBatchMarginLoss
 from tileloss.losses.multiple_negatives_ranking import MultipleNegativesRankingLoss
 from tileloss.losses.multiple_negatives_symmetric_ranking import MultipleNegativesSymmetricRankingLoss
 
 __all__ = [
+    "AdaptiveLayerLoss",
     "BatchAllTripletLoss",
     "BatchHardSoftMarginTripletLoss",
     "BatchHardTripletLoss",
     "BatchHardTripletLossDistanceFunction",
     "BatchSemiHardTripletLoss",
+    "CachedGISTEmbedLoss",
     "CachedMultipleNegativesRankingLoss",
     "CachedMultipleNegativesSymmetricRankingLoss",
     "GISTEmbedLoss",
+    "Matryoshka2dLoss",
+    "MatryoshkaLoss",
     "MegaBatchMarginLoss",
     "MultipleNegativesRankingLoss",
     "MultipleNegativesSymmetricRankingLoss",

@@ -110,13 +110,12 @@ class GuidedLoss(nn.Module):
         """All similarities by `similarity_fct`, in N x M x D memory; the loss itself does without."""
         return self.similarity_fct(embed1.unsqueeze(1), embed2.unsqueeze(0))
 
-    def _materialised(
-        self, embeddings: Sequence[Tensor], guide_embeddings: Sequence[Tensor], rows: slice = slice(None)
-    ) -> Tensor:
-        """The definition, for a similarity or a cross-entropy that a user has put in place of the stock ones.
+    def _materialised(self, embeddings: Sequence[Tensor], guide_embeddings: Sequence[Tensor]) -> Tensor:
+        """The loss (0-dim) with a similarity or a cross-entropy that a user has put in place of the stock ones."""
+        return self._definition(embeddings, guide_embeddings, slice(None))
 
-        Of some rows alone if asked for, as their mean; targets and candidates are those of the whole batch.
-        """
+    def _definition(self, embeddings: Sequence[Tensor], guide_embeddings: Sequence[Tensor], rows: slice) -> Tensor:
+        """The loss (0-dim) of some rows, whose candidates are those of the whole batch."""
         limit: Tensor | None = None
         logits = []
         own = torch.arange(len(embeddings[0]), device=embeddings[0].device)[rows, None]
