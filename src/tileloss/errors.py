@@ -21,6 +21,10 @@ class DeviceError(InputError, RuntimeError):
     """Tensors that live on different devices."""
 
 
+class KindError(InputError, TypeError, AssertionError):
+    """A model or a loss of a kind that the function cannot work with."""
+
+
 class MissingError(InputError, AttributeError):
     """Something that the function cannot do without was not given."""
 

@@ -9,7 +9,9 @@ embedded on its own. Values and gradients are the same either way, up to the ord
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 Features = dict[str, Any]
 
+_MERGING_IS_FORBIDDEN: ContextVar[bool] = ContextVar("merging_is_forbidden", default=False)
 # sentence-transformers' wrapper losses forbid merging for the length of a block through a variable of this module
 _ORACLE_MODULE = "sentence_transformers.base.losses.merged_forward"
 
@@ -37,9 +40,26 @@ def embed_columns(model: nn.Module, columns: Iterable[Features]) -> list[Tensor]
     return embeddings + list(model(merged)["sentence_embedding"].chunk(len(others)))
 
 
-def _merging_is_forbidden() -> bool:
+@contextmanager
+def separate_columns() -> Iterator[None]:
+    """Embed every column by itself for the length of a block, in sentence-transformers' losses as in ours."""
+    variables = _variables()
+    tokens = [variable.set(True) for variable in variables]
+    try:
+        yield
+    finally:
+        for variable, token in zip(variables, tokens, strict=True):
+            variable.reset(token)
+
+
+def _variables() -> list[ContextVar[bool]]:
+    """What forbids merging: our variable and, where it has been imported, sentence-transformers'."""
     oracle = sys.modules.get(_ORACLE_MODULE)
-    return oracle is not None and oracle._MERGING_DISABLED.get()
+    return [_MERGING_IS_FORBIDDEN] if oracle is None else [_MERGING_IS_FORBIDDEN, oracle._MERGING_DISABLED]
+
+
+def _merging_is_forbidden() -> bool:
+    return any(variable.get() for variable in _variables())
 
 
 def _merged(columns: Sequence[Features]) -> Features | None:
