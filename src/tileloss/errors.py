@@ -25,12 +25,16 @@ class KindError(InputError, TypeError, AssertionError):
     """A model or a loss of a kind that the function cannot work with."""
 
 
-class MissingError(InputError, AttributeError):
+class MissingError(InputError, AttributeError, AssertionError):
     """Something that the function cannot do without was not given."""
 
 
 class BackendError(RuntimeError):
     """A backend was asked for by name and cannot run here; the message says why."""
+
+
+class VersionError(RuntimeError):
+    """Another library is installed in a version that was not tested; the message says which were."""
 
 
 class FallbackWarning(UserWarning):

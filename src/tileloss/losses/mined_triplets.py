@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,34 +10,19 @@ from torch import Tensor, nn
 from tileloss.errors import MissingError, ShapeError
 from tileloss.functional.triplet import TripletStats, mined, statistics
 from tileloss.losses import citations
+from tileloss.losses.named_model import NamedModelLoss
 
 
-class MinedTripletLoss(nn.Module):
-    """One column of texts, a class for each, a distance, and a model that is held as `sentence_embedder`.
+class MinedTripletLoss(NamedModelLoss):
+    """One column of texts, a class for each, a distance, and a model that is held as `sentence_embedder`."""
 
-    sentence-transformers' trainer puts a wrapped model (data parallel, compiled) into the child that is called
-    "model", and passes by losses which have none: their gradients are then not averaged between processes. Here that
-    name leads to the embedder, while parameters and saved states keep its own.
-    """
+    _holds_model_as = "sentence_embedder"
 
     def __init__(self, model: nn.Module, distance_metric: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.sentence_embedder = model
         self.distance_metric = distance_metric
         self._last: tuple[Tensor, Tensor, Tensor, Tensor, str] | None = None
-
-    @property
-    def model(self) -> nn.Module:
-        """The embedder, for trainers that look for it here."""
-        return self.sentence_embedder
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__("sentence_embedder" if name == "model" else name, value)
-
-    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """As every module has it, with the embedder under the name that trainers look for."""
-        for name, child in super().named_children():
-            yield "model" if name == "sentence_embedder" else name, child
 
     def forward(self, sentence_features: Sequence[dict[str, Any]], labels: Tensor) -> Tensor:
         """The loss (0-dim) of one batch: a list whose first feature dict is embedded, and the class of each text."""
