@@ -84,11 +84,18 @@ def pairwise_angle_sim(
     Of the unit rows, the first half holds real and the second imaginary parts; an odd width is padded by a zero.
     Source: Li and Li 2024 (arXiv 2309.12871).
     """
+    return signed_angle(a, b).abs()
+
+
+def signed_angle(
+    a: Tensor,  # (B, D)
+    b: Tensor,  # (B, D)
+) -> Tensor:  # (B,)
+    """Cosine plus sine, as `pairwise_angle_sim` has them before it takes the absolute value."""
     a, b = (F.pad(x, (0, x.shape[-1] % 2)) for x in (_numbers(a), _numbers(b)))
     (a_real, a_imaginary), (b_real, b_imaginary) = (x.chunk(2, dim=-1) for x in (_unit(a), _unit(b)))
     cosine = (a_real * b_real + a_imaginary * b_imaginary).sum(dim=-1)
-    sine = (a_imaginary * b_real - a_real * b_imaginary).sum(dim=-1)
-    return (cosine + sine).abs()
+    return cosine + (a_imaginary * b_real - a_real * b_imaginary).sum(dim=-1)
 
 
 # what is measured as a distance, and is a similarity with a minus sign

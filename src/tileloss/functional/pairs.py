@@ -15,10 +15,14 @@ from torch import Tensor
 from tileloss import backend, reference
 from tileloss.errors import DeviceError, InputError, ShapeError
 from tileloss.functional.checks import check_rows
+from tileloss.functional.pairs_op import block_pairs
 from tileloss.paired import DISTANCES, PAIRED
 from tileloss.similarity import full_precision
 
 _SIMILARITIES = tuple(PAIRED.functions)
+# of a number, against one of a cosine: what autograd holds and does for products and distances is little more than
+# has to be, so that their blocks pay later, from 2,000 rows of 512 on a CPU
+_WORTH = dict.fromkeys(("dot", *DISTANCES), 1 / 16)
 _METRICS = (*DISTANCES, "cosine", "torch_cosine")
 
 
@@ -99,14 +103,33 @@ def paired_distance(
 
 
 def _measured(a: Tensor, b: Tensor | Sequence[Tensor], measure: str, eps: float) -> Tensor:
-    if isinstance(b, Tensor):
-        return _measured(a, [b], measure, eps)[:, 0]
+    others = [b] if isinstance(b, Tensor) else list(b)
     check_rows("a", a)
-    _check_others(a, b)
-    rows = max(len(x) for x in (a, *b))
-    a, *others = (_dense(x).expand(rows, -1) for x in (a, *b))
+    _check_others(a, others)
+    a, *others = _aligned([a, *others])
+    chosen = _backend(a, others, measure)
+    if chosen != "reference":
+        found = block_pairs(a, others, measure, eps, chosen)
+        found = found.abs() if measure == "angle" else found  # (B,) numbers, whose sign the way back needs
+        return found[0] if isinstance(b, Tensor) else found.T
     with full_precision(a.device.type):
-        return reference.paired_measure(a, others, measure, eps)
+        columns = [reference.paired_measure(a, other, measure, eps) for other in others]
+        columns = [x.abs() for x in columns] if measure == "angle" else columns
+        return columns[0] if isinstance(b, Tensor) else torch.stack(columns, dim=1)
+
+
+def _aligned(matrices: list[Tensor]) -> list[Tensor]:
+    """The matrices dense, with as many rows each: single rows count for all, without copies."""
+    rows = max(map(len, matrices)) if all(map(len, matrices)) else 0
+    return [x if len(x) == rows else x.expand(rows, -1) for x in map(_dense, matrices)]
+
+
+def _backend(a: Tensor, others: list[Tensor], measure: str) -> str:
+    if a.numel() == 0:
+        return "reference"  # whatever is asked for: without numbers there are no blocks, and the result is known
+    # of mixed inputs the widest decides, for they are computed in its dtype
+    widest = max((a, *others), key=Tensor.element_size)
+    return backend.choose(widest, int(_WORTH.get(measure, 1.0) * a.numel() * len(others))).backend
 
 
 def _check_others(a: Tensor, others: Sequence[Tensor]) -> None:
