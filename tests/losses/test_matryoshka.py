@@ -59,13 +59,12 @@ def given(rows: int = 9, columns: int = 2, dtype: torch.dtype = torch.double) ->
     return [{"given": x.to(dtype).requires_grad_()} for x in made]
 
 
-def step(loss: nn.Module, features: list[dict[str, Any]], labels: Tensor | None = None) -> list[Tensor]:
+def step(loss: nn.Module, features: list[dict[str, Any]], leaves: list[Tensor], labels: Any = None) -> list[Tensor]:
     """Value and gradients of one step from fixed seeds, in which the returned loss is scaled."""
     random.seed(3)
     torch.manual_seed(2)
     value = loss([dict(x) for x in features], labels)
     (0.5 * value).backward()
-    leaves = [x["given"] for x in features if "given" in x] or list(loss.parameters())
     gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
     for x in leaves:
         x.grad = None
@@ -101,7 +100,18 @@ INNER = {
         {"mini_batch_size": 5, "similarity_fct": similarity.euclidean_sim},
     ),
     "cached mega-batch": ("MegaBatchMarginLoss", {"mini_batch_size": 5}),
+    "guided": ("GISTEmbedLoss", {"temperature": 0.2, "margin": 0.02}),
+    "cached guided": ("CachedGISTEmbedLoss", {"temperature": 0.2, "contrast_anchors": False, "mini_batch_size": 5}),
 }
+
+
+def another(encoder: nn.Module) -> nn.Module:
+    """A guide: the encoder with other weights."""
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for x in encoder.parameters():
+            x += 0.1 * torch.randn(x.shape, dtype=x.dtype, generator=generator)
+    return encoder.eval()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the symmetric losses
@@ -116,8 +126,10 @@ def test_it_trains_a_transformer_with_dropout_as_the_oracle_does(
         model = tiny_encoder().double()
         columns = 2 if "mega" in name else 3
         features = [model.preprocess(texts(13, seed)) for seed in range(columns)]
-        inner = getattr(library, kind)(model, **options)
-        results.append(step(library.MatryoshkaLoss(model, inner, DIMS, WEIGHTS, n_dims_per_step=steps), features))
+        guide = {"guide": another(tiny_encoder().double())} if "guided" in name else {}
+        inner = getattr(library, kind)(model, **guide, **options)
+        loss = library.MatryoshkaLoss(model, inner, DIMS, WEIGHTS, n_dims_per_step=steps)
+        results.append(step(loss, features, list(model.parameters())))
     assert_same(*results)
 
 
@@ -131,7 +143,8 @@ def test_either_library_wraps_the_others_losses(
     for wrapper, wrapped in ((outer, inner), (oracle, oracle)):
         model = tiny_encoder().double()
         features = [model.preprocess(texts(13, seed)) for seed in range(3)]
-        results.append(step(wrapper.MatryoshkaLoss(model, getattr(wrapped, kind)(model), DIMS, WEIGHTS), features))
+        loss = wrapper.MatryoshkaLoss(model, getattr(wrapped, kind)(model), DIMS, WEIGHTS)
+        results.append(step(loss, features, list(model.parameters())))
     assert_same(*results)
 
 

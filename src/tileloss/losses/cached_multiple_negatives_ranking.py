@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from tileloss.functional import ContrastiveStats
 from tileloss.gradcache import GradCache, backward_by_columns
 from tileloss.losses import citations
 from tileloss.losses.multiple_negatives_ranking import MultipleNegativesRankingLoss
+from tileloss.losses.prefixes import Prefixes
 from tileloss.losses.static_embeddings import reads_static_embeddings
 from tileloss.minibatches import Features, check_mini_batch_num_tokens
 from tileloss.similarity import cos_sim
@@ -145,6 +147,10 @@ class CachedMultipleNegativesRankingLoss(GradCache):
         return backward_by_columns(
             lambda columns: self.loss.compute_loss_from_embeddings(columns, labels), reps, with_backward
         )
+
+    def at_prefixes(self, prefixes: Prefixes) -> AbstractContextManager[None] | None:
+        """A block in which a call is the weighted sum over widths; see `tileloss.losses.prefixes`."""
+        return self.loss.at_prefixes(prefixes)
 
     def _own_tensors(self) -> list[Tensor]:
         own = super()._own_tensors()

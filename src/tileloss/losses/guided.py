@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor, nn
 
 from tileloss.backend import say_once
 from tileloss.errors import InputError, ShapeError
-from tileloss.functional.contrastive import ContrastiveStats, contrastive_loss_with_stats
+from tileloss.functional.contrastive import ContrastiveStats
 from tileloss.guide import STRATEGIES, Guide, thresholds
 from tileloss.losses.cross_entropy import is_plain
 from tileloss.losses.multiple_negatives_ranking import check_single_process
+from tileloss.losses.prefixes import Prefixes, in_batch_loss
 from tileloss.losses.retokenize import check_tokenizers, must_retokenize, retokenized
+from tileloss.losses.wrapping import replaced
 from tileloss.minibatches import Features
 
 
@@ -23,6 +26,8 @@ class GuidedLoss(nn.Module):
 
     Subclasses embed the columns by both models and call `loss_of_columns`.
     """
+
+    _prefixes: Prefixes | None = None
 
     def __init__(
         self,
@@ -77,11 +82,12 @@ class GuidedLoss(nn.Module):
             )
             return self._materialised(embeddings, guide_embeddings)
         guide_anchors, guide_positives, *guide_negatives = guide_embeddings
-        loss, self.stats = contrastive_loss_with_stats(
+        loss, self.stats = in_batch_loss(
+            self._prefixes,
             anchors,
             torch.cat([positives, *negatives]) if negatives else positives,
+            "torch_cosine",
             scale=1.0 / self.temperature,
-            similarity="torch_cosine",
             directions=self._directions(),
             exclude=Guide(
                 guide_anchors,
@@ -91,6 +97,13 @@ class GuidedLoss(nn.Module):
             ),
         )
         return loss.to(anchors.dtype)
+
+    def at_prefixes(self, prefixes: Prefixes) -> AbstractContextManager[None] | None:
+        """A block in which a call is the weighted sum over widths; see `tileloss.losses.prefixes`."""
+        # a guide that is the model itself is cut along with it
+        if self.gather_across_devices or not self._is_stock() or self.guide is self.model:
+            return None
+        return replaced(self, "_prefixes", prefixes)
 
     def _directions(self) -> list[str]:
         sides = {"query_to_query": self.contrast_anchors, "doc_to_doc": self.contrast_positives}

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tileloss.errors import InputError, ShapeError
+from tileloss.errors import InputError
 from tileloss.losses import citations
 from tileloss.losses.columns import Features
+from tileloss.losses.prefixes import at_prefixes, shrink
 from tileloss.losses.wrapping import as_number, replaced, uses_gradient_cache
 
 logger = logging.getLogger(__name__)
@@ -76,15 +77,19 @@ class MatryoshkaLoss(nn.Module):
 
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> Tensor:
         """The loss (0-dim) of one batch: what the inner loss takes."""
-        columns = list(sentence_features)
+        columns, chosen = list(sentence_features), self._chosen()
+        fused = at_prefixes(self.loss, self.model, _weights(chosen))
+        if fused is not None:
+            with fused:
+                return self.loss(columns, labels)
         if self.uses_gradient_cache:
             loss: Any = getattr(self.loss, "_orig_mod", self.loss)  # what is in a compiled one is called
-            with replaced(loss, "calculate_loss", self._at_each_width(loss.calculate_loss)):
+            with replaced(loss, "calculate_loss", _cutting(loss.calculate_loss, chosen)):
                 return self.loss(columns, labels)
         widths = _Widths(self.model.forward)
         with replaced(self.model, "forward", widths):
             losses = []
-            for dim, weight in self._chosen():
+            for dim, weight in chosen:
                 widths.cut_to(dim)
                 value = self.loss(columns, self._cut_labels(labels, dim))
                 losses.append(weight * as_number(value, self.loss, self))
@@ -96,27 +101,6 @@ class MatryoshkaLoss(nn.Module):
         if 0 < self.n_dims_per_step < len(pairs):
             return [pairs[index] for index in sorted(random.sample(range(len(pairs)), self.n_dims_per_step))]
         return pairs
-
-    def _at_each_width(self, calculate_loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """`calculate_loss` of a loss with a gradient cache, added up over widths of the embeddings it is given."""
-
-        def calculated(reps: Sequence[Sequence[Tensor]], *args: Any, **kwargs: Any) -> Tensor:
-            losses = []
-            for dim, weight in self._chosen():
-                parts = [[shrink(part, dim) for part in column] for column in reps]
-                if not torch.is_grad_enabled():
-                    losses.append(weight * calculate_loss(parts, *args, **kwargs))
-                    continue
-                # the inner loss back-propagates by itself: to leaves, which leave the graph of the cutting whole
-                leaves = [[part.detach().requires_grad_() for part in column] for column in parts]
-                losses.append(weight * calculate_loss(leaves, *args, **kwargs))
-                for column, own in zip(parts, leaves, strict=True):
-                    for part, leaf in zip(column, own, strict=True):
-                        if leaf.grad is not None:
-                            part.backward(weight * leaf.grad)
-            return sum(losses[1:], losses[0])
-
-        return calculated
 
     def _cut_labels(self, labels: Any, dim: int) -> Any:
         if not isinstance(labels, Tensor) or labels.ndim not in (2, 3):
@@ -171,21 +155,33 @@ class _Widths:
         return output
 
 
-def shrink(
-    embeddings: Tensor,  # (..., D)
-    dim: int,
-) -> Tensor:  # (..., dim)
-    """The first `dim` numbers of each embedding, normalised in the dtype that they have.
+def _cutting(calculate_loss: Callable[..., Tensor], chosen: Sequence[tuple[int, float]]) -> Callable[..., Tensor]:
+    """`calculate_loss` of a loss with a gradient cache, added up over widths of the embeddings that it is given."""
 
-    Raises:
-        ShapeError (a ValueError): when there are not as many.
-    """
-    if dim > embeddings.shape[-1]:
-        raise ShapeError(
-            f"Dimension {dim} in matryoshka_dims cannot be greater than the model's embedding dimension: "
-            f"{embeddings.shape[-1]}"
-        )
-    return F.normalize(embeddings[..., :dim], dim=-1)
+    def calculated(reps: Sequence[Sequence[Tensor]], *args: Any, **kwargs: Any) -> Tensor:
+        losses = []
+        for dim, weight in chosen:
+            parts = [[shrink(part, dim) for part in column] for column in reps]
+            if not torch.is_grad_enabled():
+                losses.append(weight * calculate_loss(parts, *args, **kwargs))
+                continue
+            # the inner loss back-propagates by itself: to leaves, which leave the graph of the cutting whole
+            leaves = [[part.detach().requires_grad_() for part in column] for column in parts]
+            losses.append(weight * calculate_loss(leaves, *args, **kwargs))
+            for part, leaf in zip(chain(*parts), chain(*leaves), strict=True):
+                if leaf.grad is not None:
+                    part.backward(weight * leaf.grad)
+        return sum(losses[1:], losses[0])
+
+    return calculated
+
+
+def _weights(chosen: Sequence[tuple[int, float]]) -> dict[int, float]:
+    """The weight of each width, of which one may have been given twice."""
+    weights: dict[int, float] = {}
+    for dim, weight in chosen:
+        weights[dim] = weights.get(dim, 0) + weight
+    return weights
 
 
 def _check_dims(dims: Sequence[int], weights: Sequence[float], width: int | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tileloss.errors import InputError, ShapeError
-from tileloss.functional import ContrastiveStats, contrastive_loss_with_stats
+from tileloss.functional import ContrastiveStats
 from tileloss.losses import citations
 from tileloss.losses.columns import embed_columns
+from tileloss.losses.prefixes import Prefixes, in_batch_loss, is_product_of_unit_rows
+from tileloss.losses.wrapping import replaced
 from tileloss.similarity import cos_sim, similarity_fct_name
 from tileloss.spec import DIRECTIONS, ContrastiveSpec
 
@@ -60,6 +63,8 @@ class MultipleNegativesRankingLoss(nn.Module):
     >>> loss([query_features, document_features], None).backward()  # doctest: +SKIP
     """
 
+    _prefixes: Prefixes | None = None
+
     def __init__(
         self,
         model: nn.Module,
@@ -104,17 +109,24 @@ class MultipleNegativesRankingLoss(nn.Module):
             check_single_process()
         queries, *docs = embeddings
         self._check_columns(queries, docs)
-        loss, self.stats = contrastive_loss_with_stats(
+        loss, self.stats = in_batch_loss(
+            self._prefixes,
             queries,
             docs[0] if len(docs) == 1 else torch.cat(docs),
+            self.similarity_fct,
             scale=self.scale,
-            similarity=self.similarity_fct,
             directions=self.directions,
             partition=self.partition_mode,
             hardness=(self.hardness_mode, self.hardness_strength),
             exclude=self._ids(labels, len(queries)) if self.exclude_same_label else None,
         )
         return loss
+
+    def at_prefixes(self, prefixes: Prefixes) -> AbstractContextManager[None] | None:
+        """A block in which a call is the weighted sum over widths; see `tileloss.losses.prefixes`."""
+        if self.gather_across_devices or not is_product_of_unit_rows(self.similarity_fct):
+            return None
+        return replaced(self, "_prefixes", prefixes)
 
     def _check_columns(self, queries: Tensor, docs: Sequence[Tensor]) -> None:
         """Column by column what is later seen only as one matrix of documents."""

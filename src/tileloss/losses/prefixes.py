@@ -1,0 +1,77 @@
+"""Where MatryoshkaLoss meets the losses that compute all prefixes of their embeddings in one pass.
+
+Such a loss has a method `at_prefixes`, which gives a block in which its calls are the weighted sum over prefixes, or
+None where its settings leave no way but one call for each width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tileloss.errors import ShapeError
+from tileloss.functional import ContrastiveStats, contrastive_loss_with_stats, matryoshka_contrastive_loss_with_stats
+from tileloss.similarity import SimilarityFn, recognise
+
+Prefixes = Mapping[int, float]  # width -> weight
+
+# what may not have been replaced in a loss whose calls are to be one for all widths
+_PARTS = {"forward", "compute_loss_from_embeddings", "calculate_loss"}
+
+
+def at_prefixes(loss: nn.Module, model: nn.Module, prefixes: Prefixes) -> AbstractContextManager[None] | None:
+    """A block in which `loss` is the weighted sum over prefixes of the embeddings of `model`, from one pass.
+
+    None where each width must be computed by itself: by losses that cannot, and by those of another library, or of a
+    user, who may do more with embeddings than we know.
+    """
+    if type(loss).__module__.partition(".")[0] != "tileloss" or not hasattr(loss, "at_prefixes"):
+        return None
+    if loss.model is not model or _PARTS & vars(loss).keys():
+        return None
+    return loss.at_prefixes(prefixes)  # type: ignore[operator]
+
+
+def is_product_of_unit_rows(similarity: str | SimilarityFn) -> bool:
+    """Whether a similarity, applied to rows of length one, is a cosine."""
+    return recognise(similarity) in ("cosine", "torch_cosine", "dot")
+
+
+def in_batch_loss(
+    prefixes: Prefixes | None,
+    queries: Tensor,  # (B, D)
+    docs: Tensor,  # (M, D)
+    similarity: str | SimilarityFn,
+    **objective: Any,
+) -> tuple[Tensor, ContrastiveStats]:
+    """`contrastive_loss_with_stats`, or its weighted sum over prefixes, with the statistics of the smallest."""
+    if prefixes is None:
+        return contrastive_loss_with_stats(queries, docs, similarity=similarity, **objective)
+    check_width(max(prefixes), queries)
+    loss, stats = matryoshka_contrastive_loss_with_stats(queries, docs, dims=prefixes, **objective)
+    return loss, stats[min(stats)]
+
+
+def shrink(
+    embeddings: Tensor,  # (..., D)
+    dim: int,
+) -> Tensor:  # (..., dim)
+    """The first `dim` numbers of each embedding, normalised in the dtype that they have."""
+    check_width(dim, embeddings)
+    return F.normalize(embeddings[..., :dim], dim=-1)
+
+
+def check_width(
+    dim: int,
+    embeddings: Tensor,  # (..., D)
+) -> None:
+    """Refuse a prefix that is longer than the embeddings."""
+    if dim > embeddings.shape[-1]:
+        raise ShapeError(
+            f"Dimension {dim} in matryoshka_dims cannot be greater than the model's embedding dimension: "
+            f"{embeddings.shape[-1]}"
+        )
