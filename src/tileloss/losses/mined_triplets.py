@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tileloss.errors import MissingError, ShapeError
 from tileloss.functional.triplet import TripletStats, mined, statistics
 from tileloss.losses import citations
+from tileloss.losses.labels import one_label_each
 from tileloss.losses.named_model import NamedModelLoss
 
 
@@ -35,15 +35,8 @@ class MinedTripletLoss(NamedModelLoss):
 
     def _mine(self, mining: str, margin: float | str, labels: Tensor, embeddings: Tensor) -> Tensor:
         """The loss (0-dim); leaves in `_last` what its statistics are made of."""
-        name, size = type(self).__name__, len(embeddings)
-        if labels is None:
-            raise MissingError(f"{name} needs labels: the class of each of the {size} examples, a number.")
-        if labels.numel() != size:
-            raise ShapeError(
-                f"{name} expects {size} labels (one per example), but got {labels.numel()} labels with shape "
-                f"{tuple(labels.shape)}."
-            )
-        found = mined(embeddings, labels.reshape(-1), mining, margin, self.distance_metric)
+        classes = one_label_each(self, labels, embeddings, "a class, a number,")
+        found = mined(embeddings, classes, mining, margin, self.distance_metric)
         # without the loss, whose graph would live on; and past the module's own setter, whose time a small batch feels
         self.__dict__["_last"] = found.active, found.hardest_positive, found.hardest_negative, labels, mining
         return found.loss

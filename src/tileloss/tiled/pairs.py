@@ -99,7 +99,7 @@ def slopes(
 ) -> tuple[Tensor, Tensor | None]:
     """By what the other row and the own row are multiplied in the gradients: (N, B), and (1 + N, B) for a, others.
 
-    For distances the first is the factor of the difference of the two rows, or of its signs. Only cosines have a second.
+    For distances the first is the factor of the rows' difference, or of its signs. Only cosines have a second.
     """
     if measure in ("dot", "manhattan"):
         return d_found, None
