@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tileloss.errors import DeviceError, DtypeError, InputError, ShapeError
@@ -44,3 +45,39 @@ def check_queries_and_docs(queries: Any, docs: Any) -> None:
         raise ShapeError(
             f"There are {len(queries)} queries and only {len(docs)} docs: docs[i] must be the positive of queries[i]."
         )
+
+
+def check_labels(
+    labels: Any,
+    rows: Tensor,  # (B, ...)
+    name: str,
+    meaning: str,
+    nan: str,
+) -> Tensor:  # (B,)
+    """Refuse labels that are not one real number for each row, and give the others as a vector.
+
+    Args:
+        name: what the rows are called, in the plural.
+        meaning: what a label is, in the singular.
+        nan: what is wrong with nan as a label, and what to do about it.
+
+    Raises:
+        InputError: for something else than a tensor; on a CPU, where looking costs nothing, for nan.
+        ShapeError, DtypeError, DeviceError: for a tensor that does not fit.
+    """
+    size = len(rows)
+    if not isinstance(labels, Tensor):
+        raise InputError(f"labels must be a tensor with one {meaning} for each row, got {type(labels).__name__}.")
+    if labels.shape not in ((size,), (size, 1)):
+        raise ShapeError(
+            f"There are {size} {name}, so labels must have shape ({size},) or ({size}, 1), got {tuple(labels.shape)}."
+        )
+    if labels.is_complex():
+        raise DtypeError(f"labels must hold integers or floating-point numbers, got {labels.dtype}.")
+    if labels.device != rows.device:
+        raise DeviceError(f"labels are on {labels.device} and the {name} on {rows.device}; move them there.")
+    # a GPU would have to be waited for, and a compiler cannot look at values
+    looks = labels.is_floating_point() and labels.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looks and labels.isnan().any():
+        raise InputError(f"labels hold nan, {nan}")
+    return labels.reshape(-1)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from tileloss import backend
-from tileloss.errors import DeviceError, DtypeError, InputError, ShapeError
-from tileloss.functional.checks import check_rows
+from tileloss.errors import InputError, ShapeError
+from tileloss.functional.checks import check_labels, check_rows
 from tileloss.functional.triplet_op import block_loss, materialised_loss
 from tileloss.reference.triplet import Mined
 from tileloss.reference.triplet import triplet_loss as definition
@@ -31,6 +31,8 @@ DISTANCES = ("euclidean", "squared_euclidean", "cosine")
 # two CPU cores blocks pay from about 90 rows with "all" (later for small classes, sooner for large ones) and
 # "semi_hard", from about 180 with "hard"
 _WORK = {"all": 8, "hard": 2, "semi_hard": 8}
+
+_NO_CLASS = "which equals nothing, itself included: give each row the number of a class."
 
 DistanceFn = Callable[[Tensor], Tensor]
 
@@ -151,7 +153,7 @@ def mined(embeddings: Tensor, labels: Tensor, mining: str, margin: float | str, 
     margin = _check_margin(margin)
     known = recognise_distance(distance)
     _check_embeddings(embeddings)
-    labels = _check_labels(labels, embeddings)
+    labels = check_labels(labels, embeddings, "embeddings", "class", _NO_CLASS)
     embeddings = embeddings if embeddings.layout == torch.strided else embeddings.to_dense()
     chosen = _backend(embeddings, mining, known)
     if not isinstance(known, str):
@@ -198,27 +200,6 @@ def _check_embeddings(embeddings: Any) -> None:
     check_rows("embeddings", embeddings)
     if len(embeddings) == 0:
         raise ShapeError("There are no embeddings: a triplet loss needs a batch of at least one row.")
-
-
-def _check_labels(labels: Any, embeddings: Tensor) -> Tensor:  # (B,)
-    if not isinstance(labels, Tensor):
-        raise InputError(f"labels must be a tensor with one class for each row, got {type(labels).__name__}.")
-    if labels.shape not in ((len(embeddings),), (len(embeddings), 1)):
-        raise ShapeError(
-            f"There are {len(embeddings)} embeddings, so labels must have shape ({len(embeddings)},) or "
-            f"({len(embeddings)}, 1), got {tuple(labels.shape)}."
-        )
-    if labels.is_complex():
-        raise DtypeError(f"labels must hold integers or floating-point numbers, got {labels.dtype}.")
-    if labels.device != embeddings.device:
-        raise DeviceError(f"labels are on {labels.device} and the embeddings on {embeddings.device}; move them there.")
-    # a GPU would have to be waited for, and a compiler cannot look at values
-    looks = labels.is_floating_point() and labels.device.type == "cpu" and not torch.compiler.is_compiling()
-    if looks and labels.isnan().any():
-        raise InputError(
-            "labels hold nan, which equals nothing, itself included: give each row the number of a class."
-        )
-    return labels.reshape(-1)
 
 
 def _distances(distance: DistanceFn, embeddings: Tensor) -> Tensor:  # (B, B)
