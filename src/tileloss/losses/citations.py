@@ -131,3 +131,61 @@ WANG_2021 = """
     url = "https://arxiv.org/abs/2104.06979",
 }
 """  # noqa: E501
+
+REIMERS_2019 = """
+@inproceedings{reimers-2019-sentence-bert,
+    title = "Sentence-BERT: Sentence Embeddings using Siamese BERT-Networks",
+    author = "Reimers, Nils and Gurevych, Iryna",
+    booktitle = "Proceedings of the 2019 Conference on Empirical Methods in Natural Language Processing",
+    month = "11",
+    year = "2019",
+    publisher = "Association for Computational Linguistics",
+    url = "https://arxiv.org/abs/1908.10084",
+}
+"""
+
+REIMERS_2020 = """
+@inproceedings{reimers-2020-multilingual-sentence-bert,
+    title = "Making Monolingual Sentence Embeddings Multilingual using Knowledge Distillation",
+    author = "Reimers, Nils and Gurevych, Iryna",
+    booktitle = "Proceedings of the 2020 Conference on Empirical Methods in Natural Language Processing",
+    month = "11",
+    year = "2020",
+    publisher = "Association for Computational Linguistics",
+    url = "https://arxiv.org/abs/2004.09813",
+}
+"""
+
+KIM_2023 = """
+@article{kim2023embeddistill,
+    title={EmbedDistill: A Geometric Knowledge Distillation for Information Retrieval},
+    author={Kim, Seungyeon and Rawat, Ankit Singh and Zaheer, Manzil and Jayasumana, Sadeep and Sadhanala, Veeranjaneyulu and Jitkrittum, Wittawat and Menon, Aditya Krishna and Fergus, Rob and Kumar, Sanjiv},
+    year={2023},
+    eprint={2301.12005},
+    archivePrefix={arXiv},
+    primaryClass={cs.IR}
+}
+"""  # noqa: E501
+
+LIN_2020 = """
+@misc{lin2020distillingdenserepresentationsranking,
+      title={Distilling Dense Representations for Ranking using Tightly-Coupled Teachers},
+      author={Sheng-Chieh Lin and Jheng-Hong Yang and Jimmy Lin},
+      year={2020},
+      eprint={2010.11386},
+      archivePrefix={arXiv},
+      primaryClass={cs.IR},
+      url={https://arxiv.org/abs/2010.11386},
+}
+"""
+
+HOFSTAETTER_2021 = """
+@misc{hofstätter2021improving,
+    title={Improving Efficient Neural Ranking Models with Cross-Architecture Knowledge Distillation},
+    author={Sebastian Hofstätter and Sophia Althammer and Michael Schröder and Mete Sertkan and Allan Hanbury},
+    year={2021},
+    eprint={2010.02666},
+    archivePrefix={arXiv},
+    primaryClass={cs.IR}
+}
+"""
