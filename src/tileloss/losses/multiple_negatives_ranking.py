@@ -15,7 +15,7 @@ from tileloss.errors import InputError, ShapeError
 from tileloss.functional import ContrastiveStats
 from tileloss.losses import citations
 from tileloss.losses.columns import embed_columns
-from tileloss.losses.prefixes import Prefixes, in_batch_loss, is_product_of_unit_rows
+from tileloss.losses.prefixes import Prefixes, in_batch_loss
 from tileloss.losses.wrapping import replaced
 from tileloss.similarity import cos_sim, similarity_fct_name
 from tileloss.spec import DIRECTIONS, ContrastiveSpec
@@ -124,9 +124,7 @@ class MultipleNegativesRankingLoss(nn.Module):
 
     def at_prefixes(self, prefixes: Prefixes) -> AbstractContextManager[None] | None:
         """A block in which a call is the weighted sum over widths; see `tileloss.losses.prefixes`."""
-        if self.gather_across_devices or not is_product_of_unit_rows(self.similarity_fct):
-            return None
-        return replaced(self, "_prefixes", prefixes)
+        return None if self.gather_across_devices else replaced(self, "_prefixes", prefixes)
 
     def _check_columns(self, queries: Tensor, docs: Sequence[Tensor]) -> None:
         """Column by column what is later seen only as one matrix of documents."""

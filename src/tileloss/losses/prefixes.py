@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,6 +20,8 @@ from tileloss.similarity import SimilarityFn, recognise
 
 Prefixes = Mapping[int, float]  # width -> weight
 
+# similarities that are the cosine, once rows are of length one
+PRODUCTS = ("cosine", "torch_cosine", "dot")
 # what may not have been replaced in a loss whose calls are to be one for all widths
 _PARTS = {"forward", "compute_loss_from_embeddings", "calculate_loss"}
 
@@ -36,11 +39,6 @@ def at_prefixes(loss: nn.Module, model: nn.Module, prefixes: Prefixes) -> Abstra
     return loss.at_prefixes(prefixes)  # type: ignore[operator]
 
 
-def is_product_of_unit_rows(similarity: str | SimilarityFn) -> bool:
-    """Whether a similarity, applied to rows of length one, is a cosine."""
-    return recognise(similarity) in ("cosine", "torch_cosine", "dot")
-
-
 def in_batch_loss(
     prefixes: Prefixes | None,
     queries: Tensor,  # (B, D)
@@ -51,9 +49,16 @@ def in_batch_loss(
     """`contrastive_loss_with_stats`, or its weighted sum over prefixes, with the statistics of the smallest."""
     if prefixes is None:
         return contrastive_loss_with_stats(queries, docs, similarity=similarity, **objective)
-    check_width(max(prefixes), queries)
-    loss, stats = matryoshka_contrastive_loss_with_stats(queries, docs, dims=prefixes, **objective)
-    return loss, stats[min(stats)]
+    smallest = min(prefixes)
+    if recognise(similarity) in PRODUCTS:
+        check_width(max(prefixes), queries)
+        loss, stats = matryoshka_contrastive_loss_with_stats(queries, docs, dims=prefixes, **objective)
+        return loss, stats[smallest]
+    found = {
+        dim: contrastive_loss_with_stats(shrink(queries, dim), shrink(docs, dim), similarity=similarity, **objective)
+        for dim in prefixes
+    }
+    return torch.stack([weight * found[dim][0] for dim, weight in prefixes.items()]).sum(), found[smallest][1]
 
 
 def shrink(
