@@ -13,6 +13,10 @@ class ShapeError(InputError, IndexError, RuntimeError):
     """Tensors whose shapes do not fit together."""
 
 
+class ColumnsError(ShapeError, AssertionError):
+    """A batch of fewer or more columns than the loss takes."""
+
+
 class DtypeError(InputError, RuntimeError):
     """A tensor of a dtype that the function cannot use, or dtypes that do not fit together."""
 

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tileloss.errors import ColumnsError
+
 Features = dict[str, Any]
 
 _MERGING_IS_FORBIDDEN: ContextVar[bool] = ContextVar("merging_is_forbidden", default=False)
@@ -56,6 +58,18 @@ def _variables() -> list[ContextVar[bool]]:
     """What forbids merging: our variable and, where it has been imported, sentence-transformers'."""
     oracle = sys.modules.get(_ORACLE_MODULE)
     return [_MERGING_IS_FORBIDDEN] if oracle is None else [_MERGING_IS_FORBIDDEN, oracle._MERGING_DISABLED]
+
+
+def expect_columns(loss: object, columns: Sequence[Any], names: Sequence[str], more: bool = False) -> None:
+    """Refuse a batch that has not the columns of these names, or, where there may be more, not all of them.
+
+    Raises:
+        ColumnsError (a ValueError, IndexError and AssertionError): with the class of `loss`, and the names.
+    """
+    if len(columns) == len(names) or (more and len(columns) > len(names)):
+        return
+    count = f"{'at least' if more else 'exactly'} {len(names)} input columns"
+    raise ColumnsError(f"{type(loss).__name__} expects {count}, ({', '.join(names)}), but got {len(columns)}.")
 
 
 def _merging_is_forbidden() -> bool:
