@@ -8,12 +8,17 @@ from tileloss.losses.batch_semi_hard_triplet import BatchSemiHardTripletLoss
 from tileloss.losses.cached_gist_embed import CachedGISTEmbedLoss
 from tileloss.losses.cached_multiple_negatives_ranking import CachedMultipleNegativesRankingLoss
 from tileloss.losses.cached_multiple_negatives_symmetric_ranking import CachedMultipleNegativesSymmetricRankingLoss
+from tileloss.losses.contrastive import ContrastiveLoss, SiameseDistanceMetric
+from tileloss.losses.cosine_similarity import CosineSimilarityLoss
 from tileloss.losses.gist_embed import GISTEmbedLoss
 from tileloss.losses.matryoshka import MatryoshkaLoss
 from tileloss.losses.matryoshka_2d import Matryoshka2dLoss
 from tileloss.losses.mega_batch_margin import MegaBatchMarginLoss
 from tileloss.losses.multiple_negatives_ranking import MultipleNegativesRankingLoss
 from tileloss.losses.multiple_negatives_symmetric_ranking import MultipleNegativesSymmetricRankingLoss
+from tileloss.losses.softmax import SoftmaxLoss
+from tileloss.losses.online_contrastive import OnlineContrastiveLoss
+from tileloss.losses.triplet import TripletDistanceMetric, TripletLoss
 
 __all__ = [
     "AdaptiveLayerLoss",
@@ -25,10 +30,17 @@ __all__ = [
     "CachedGISTEmbedLoss",
     "CachedMultipleNegativesRankingLoss",
     "CachedMultipleNegativesSymmetricRankingLoss",
+    "ContrastiveLoss",
+    "CosineSimilarityLoss",
     "GISTEmbedLoss",
     "Matryoshka2dLoss",
     "MatryoshkaLoss",
     "MegaBatchMarginLoss",
     "MultipleNegativesRankingLoss",
     "MultipleNegativesSymmetricRankingLoss",
+    "SoftmaxLoss",
+    "OnlineContrastiveLoss",
+    "SiameseDistanceMetric",
+    "TripletDistanceMetric",
+    "TripletLoss",
 ]
