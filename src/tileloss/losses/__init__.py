@@ -9,6 +9,11 @@ from tileloss.losses.cached_gist_embed import CachedGISTEmbedLoss
 from tileloss.losses.cached_multiple_negatives_ranking import CachedMultipleNegativesRankingLoss
 from tileloss.losses.cached_multiple_negatives_symmetric_ranking import CachedMultipleNegativesSymmetricRankingLoss
 from tileloss.losses.contrastive import ContrastiveLoss, SiameseDistanceMetric
+from tileloss.losses.contrastive_tension import (
+    ContrastiveTensionDataLoader,
+    ContrastiveTensionLoss,
+    ContrastiveTensionLossInBatchNegatives,
+)
 from tileloss.losses.cosine_similarity import CosineSimilarityLoss
 from tileloss.losses.gist_embed import GISTEmbedLoss
 from tileloss.losses.matryoshka import MatryoshkaLoss
@@ -31,6 +36,9 @@ __all__ = [
     "CachedMultipleNegativesRankingLoss",
     "CachedMultipleNegativesSymmetricRankingLoss",
     "ContrastiveLoss",
+    "ContrastiveTensionDataLoader",
+    "ContrastiveTensionLoss",
+    "ContrastiveTensionLossInBatchNegatives",
     "CosineSimilarityLoss",
     "GISTEmbedLoss",
     "Matryoshka2dLoss",

@@ -1,8 +1,8 @@
 """Losses that hold their model under a name of their own, in trainers that look for it under "model".
 
-sentence-transformers' trainer puts a wrapped model (data parallel, compiled) into the child that is called "model", and
-passes by losses which have none: their gradients are then not averaged between processes. Here that name leads to the
-model, while parameters and saved states keep sentence-transformers' own name for it.
+sentence-transformers' trainer puts a wrapped model (data parallel, compiled) into the child that is called "model",
+and passes by losses which have none: their gradients are then not averaged between processes. Here that name leads to
+the model, while parameters and saved states keep sentence-transformers' own name for it.
 """
 
 from __future__ import annotations
