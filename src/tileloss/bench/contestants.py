@@ -8,8 +8,10 @@ another library multiplies faster than `torch.mm`, tileloss can fall below it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 
 import tileloss.losses
 from tileloss.backend import use_backend
-from tileloss.bench.workloads import Case, Given, Workload
+from tileloss.bench.workloads import Case, Given, Workload, widths
 
 Loss = Callable[[list[Tensor]], Tensor]
 
@@ -85,11 +87,14 @@ def floor_steps(case: Case, embeddings: Sequence[Tensor]) -> Steps:
 
 
 def _tileloss(workload: Workload) -> Loss:
-    return _of_class(getattr(tileloss.losses, workload.loss), workload)
+    return _of_library(tileloss.losses, workload)
 
 
-def _of_class(loss_class: type[nn.Module], workload: Workload) -> Loss:
-    """The loss on embeddings that are given, of a class of ours or of sentence-transformers."""
+def _of_library(losses: ModuleType, workload: Workload) -> Loss:
+    """The loss on embeddings that are given, by our class or by sentence-transformers'."""
+    loss_class = getattr(losses, workload.loss)
+    if workload.prefixes:
+        return _at_prefixes(losses.MatryoshkaLoss, loss_class, workload)
     if workload.guided:
         guided = loss_class(Given("sentence_embedding"), Given("guide_embedding"), **workload.options)
         return lambda columns: guided(workload.features(columns), None)
@@ -97,6 +102,17 @@ def _of_class(loss_class: type[nn.Module], workload: Workload) -> Loss:
     if not hasattr(loss, "compute_loss_from_embeddings"):
         return lambda columns: loss(workload.features(columns), workload.labels(columns))
     return lambda columns: loss.compute_loss_from_embeddings(columns, workload.labels(columns))  # type: ignore[operator]
+
+
+def _at_prefixes(outer: type[nn.Module], inner: type[nn.Module], workload: Workload) -> Loss:
+    model = Given("sentence_embedding")
+    inner_loss = inner(model, **workload.options)
+
+    @functools.cache
+    def loss(width: int) -> nn.Module:
+        return outer(model, inner_loss, widths(workload.prefixes, width))
+
+    return lambda columns: loss(columns[0].shape[1])(workload.features(columns), workload.labels(columns))
 
 
 def _tileloss_on(backend: str) -> Callable[[Workload], Loss]:
@@ -125,7 +141,7 @@ def _compiled(workload: Workload) -> Loss:
 def _sentence_transformers(workload: Workload) -> Loss:
     from sentence_transformers.sentence_transformer import losses
 
-    return _of_class(getattr(losses, workload.loss), workload)
+    return _of_library(losses, workload)
 
 
 def _metric_learning(workload: Workload) -> Loss:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SCALE = 20.0
+PREFIXES = (1.0, 2 / 3, 1 / 3, 1 / 6, 1 / 12)  # of 768 numbers: 768, 512, 256, 128, 64
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -30,6 +31,11 @@ def _similarities(columns: Sequence[Tensor]) -> Tensor:
 def _in_batch(columns: Sequence[Tensor]) -> Tensor:
     logits = _similarities(columns)
     return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
+
+
+def _at_prefixes(columns: Sequence[Tensor]) -> Tensor:
+    dims = widths(PREFIXES, columns[0].shape[1])
+    return torch.stack([_in_batch([column[:, :dim] for column in columns]) for dim in dims]).sum()
 
 
 def _both_ways(columns: Sequence[Tensor]) -> Tensor:
@@ -51,6 +57,7 @@ class Workload:
         per_class: how many rows carry each label, for losses of classes; None for those without.
         targets: makes the labels of any other loss from the columns; it must give the same ones at every call.
         guided: whether the loss takes a guide's embeddings beside the model's, and so a guide in its constructor.
+        prefixes: shares of the embeddings' width at which a MatryoshkaLoss has the loss computed; none: no such loss.
         matrices: how many B x M matrices a materialised form holds at once: a guess, used until it is measured.
         plain: the same loss in a few lines of PyTorch, a function of the columns; None where nobody wrote one.
     """
@@ -63,6 +70,7 @@ class Workload:
     per_class: int | None = None
     targets: Callable[[Sequence[Tensor]], Tensor] | None = None
     guided: bool = False
+    prefixes: Sequence[float] = ()
     matrices: int = 5
     plain: Callable[[Sequence[Tensor]], Tensor] | None = None
 
@@ -83,6 +91,11 @@ class Workload:
         ]
 
 
+def widths(shares: Sequence[float], width: int) -> list[int]:
+    """Those shares of a width, as whole numbers."""
+    return [max(round(share * width), 1) for share in shares]
+
+
 class Given(nn.Module):
     """A model whose embeddings come with the features; with a tokenizer, which guided losses ask for."""
 
@@ -96,6 +109,9 @@ class Given(nn.Module):
         super().__init__()
         self.key = key
         self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"[UNK]": 0}, "[UNK]")))
+
+    def get_embedding_dimension(self) -> None:
+        """Nothing: the features decide."""
 
     def forward(self, features: dict[str, Any]) -> dict[str, Any]:
         return {"sentence_embedding": features[self.key]}
@@ -185,6 +201,13 @@ WORKLOADS = {
             columns=1,
             per_class=8,
             matrices=18,
+        ),
+        Workload(
+            "matryoshka",
+            "in-batch negatives at five prefix widths",
+            prefixes=PREFIXES,
+            matrices=25,
+            plain=_at_prefixes,
         ),
         Workload("gist", "guided in-batch negatives", "GISTEmbedLoss", guided=True, matrices=6),
         Workload(
