@@ -1,5 +1,6 @@
-"""The cached losses inside sentence-transformers' own trainer: step by step as its own classes, dropout and all."""
+"""Cached losses and those around others in sentence-transformers' own trainer: step by step as its own, dropout on."""
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import tileloss
 from tileloss import losses
 
 st = pytest.importorskip("sentence_transformers")
@@ -14,25 +16,40 @@ oracle = pytest.importorskip("sentence_transformers.sentence_transformer.losses"
 datasets = pytest.importorskip("datasets")
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("CachedMultipleNegativesRankingLoss", {"mini_batch_size": 5}),
-        ("CachedMultipleNegativesRankingLoss", {"mini_batch_num_tokens": 30, "show_progress_bar": True}),
-        ("MegaBatchMarginLoss", {"mini_batch_size": 5}),
-    ],
-)
+CACHED = "CachedMultipleNegativesRankingLoss"
+LOSSES: dict[str, Callable[[Any, Any], Any]] = {
+    "cached": lambda library, model: getattr(library, CACHED)(model, mini_batch_size=5),
+    "cached by tokens": lambda library, model: getattr(library, CACHED)(
+        model, mini_batch_num_tokens=30, show_progress_bar=True
+    ),
+    "mega-batch": lambda library, model: library.MegaBatchMarginLoss(model, mini_batch_size=5),
+    "widths": lambda library, model: library.MatryoshkaLoss(
+        model, library.MultipleNegativesRankingLoss(model), [16, 8, 3], n_dims_per_step=2
+    ),
+    "widths of a cached loss": lambda library, model: library.MatryoshkaLoss(
+        model, getattr(library, CACHED)(model, mini_batch_size=5), [16, 8, 3]
+    ),
+    "layers": lambda library, model: library.AdaptiveLayerLoss(model, library.MultipleNegativesRankingLoss(model)),
+    "layers and widths": lambda library, model: library.Matryoshka2dLoss(
+        model, library.MultipleNegativesRankingLoss(model), [16, 8, 3]
+    ),
+}
+
+BACKENDS = {name: ["reference", "tiled"] if "cached" in name else ["auto"] for name in LOSSES}
+
+
+@pytest.mark.parametrize(("name", "backend"), [(name, backend) for name in LOSSES for backend in BACKENDS[name]])
 def test_steps_are_those_of_the_stock_class(
     name: str,
-    options: dict[str, Any],
+    backend: str,
     tiny_encoder: Callable[[], Any],
     texts: Callable[..., list[str]],
     tmp_path: Path,
-    backend: str,
+    small_blocks: int,
 ) -> None:
     """Two steps, each of two accumulated batches, and an evaluation."""
     results = []
-    for kind in (getattr(losses, name), getattr(oracle, name)):
+    for library in (losses, oracle):
         model = tiny_encoder()
         data = datasets.Dataset.from_dict({"anchor": texts(48, 0), "positive": texts(48, 1)})
         arguments = st.SentenceTransformerTrainingArguments(
@@ -41,9 +58,11 @@ def test_steps_are_those_of_the_stock_class(
             save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, seed=3,
         )  # fmt: skip
         trainer = st.SentenceTransformerTrainer(
-            model, args=arguments, train_dataset=data, eval_dataset=data, loss=kind(model, **options)
+            model, args=arguments, train_dataset=data, eval_dataset=data, loss=LOSSES[name](library, model)
         )
-        trainer.train()
+        random.seed(0)
+        with tileloss.use_backend(backend):
+            trainer.train()
         history = trainer.state.log_history
         steps = [(x["loss"], x["grad_norm"]) for x in history if "loss" in x]
         evaluations = [x["eval_loss"] for x in history if "eval_loss" in x]
