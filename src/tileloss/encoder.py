@@ -250,6 +250,11 @@ class TransformerEncoder(Encoder):
         self.transformer = transformer
         self.pooling = pooling
 
+    @property
+    def transformers_model(self) -> PreTrainedModel:
+        """The transformer, under the name that sentence-transformers has for it."""
+        return self.transformer
+
     def forward(self, features: Features) -> Features:
         """Add "token_embeddings" (B, T, D) and "sentence_embedding" (B, D) to `features` and return it."""
         known = ("input_ids", "attention_mask", "token_type_ids")

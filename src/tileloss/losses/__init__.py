@@ -15,14 +15,19 @@ from tileloss.losses.contrastive_tension import (
     ContrastiveTensionLossInBatchNegatives,
 )
 from tileloss.losses.cosine_similarity import CosineSimilarityLoss
+from tileloss.losses.denoising_auto_encoder import DenoisingAutoEncoderLoss
+from tileloss.losses.distill_kl_div import DistillKLDivLoss
+from tileloss.losses.embed_distill import EmbedDistillLoss
 from tileloss.losses.gist_embed import GISTEmbedLoss
+from tileloss.losses.margin_mse import MarginMSELoss
 from tileloss.losses.matryoshka import MatryoshkaLoss
 from tileloss.losses.matryoshka_2d import Matryoshka2dLoss
 from tileloss.losses.mega_batch_margin import MegaBatchMarginLoss
+from tileloss.losses.mse import MSELoss
 from tileloss.losses.multiple_negatives_ranking import MultipleNegativesRankingLoss
 from tileloss.losses.multiple_negatives_symmetric_ranking import MultipleNegativesSymmetricRankingLoss
-from tileloss.losses.softmax import SoftmaxLoss
 from tileloss.losses.online_contrastive import OnlineContrastiveLoss
+from tileloss.losses.softmax import SoftmaxLoss
 from tileloss.losses.triplet import TripletDistanceMetric, TripletLoss
 
 __all__ = [
@@ -40,15 +45,20 @@ __all__ = [
     "ContrastiveTensionLoss",
     "ContrastiveTensionLossInBatchNegatives",
     "CosineSimilarityLoss",
+    "DenoisingAutoEncoderLoss",
+    "DistillKLDivLoss",
+    "EmbedDistillLoss",
     "GISTEmbedLoss",
+    "MSELoss",
+    "MarginMSELoss",
     "Matryoshka2dLoss",
     "MatryoshkaLoss",
     "MegaBatchMarginLoss",
     "MultipleNegativesRankingLoss",
     "MultipleNegativesSymmetricRankingLoss",
-    "SoftmaxLoss",
     "OnlineContrastiveLoss",
     "SiameseDistanceMetric",
+    "SoftmaxLoss",
     "TripletDistanceMetric",
     "TripletLoss",
 ]
