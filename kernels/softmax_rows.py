@@ -35,9 +35,11 @@ from tileloss.tiled.tile import Tile
 
 
 @triton.jit
-def columns_of(size, docs, DIRECTION: tl.constexpr, HAS_GUIDE: tl.constexpr):
+def columns_of(size, docs, query_columns, DIRECTION: tl.constexpr, HAS_GUIDE: tl.constexpr):
     """How many columns a direction has: with a guide, positives meet positives alone."""
-    if DIRECTION == QUERY_TO_QUERY or (DIRECTION == DOC_TO_DOC and HAS_GUIDE):
+    if DIRECTION == QUERY_TO_QUERY:
+        return query_columns
+    if DIRECTION == DOC_TO_DOC and HAS_GUIDE:
         return size
     return docs
 
@@ -59,6 +61,7 @@ def softmax_rows_fwd_kernel(
     strength,
     size,
     docs,
+    query_columns,
     block_stride,
     gradient_stride,
     start,
@@ -88,7 +91,7 @@ def softmax_rows_fwd_kernel(
     offset = 0
     for DIRECTION in tl.static_range(3):
         if (DIRECTIONS >> DIRECTION) & 1:
-            width = columns_of(size, docs, DIRECTION, HAS_GUIDE)
+            width = columns_of(size, docs, query_columns, DIRECTION, HAS_GUIDE)
             for first in range(0, width, BLOCK):
                 column = first + lanes
                 similarity = tl.load(block_row + offset + column, mask=column < width, other=0.0)
@@ -118,7 +121,7 @@ def softmax_rows_fwd_kernel(
         offset = 0
         for DIRECTION in tl.static_range(3):
             if (DIRECTIONS >> DIRECTION) & 1:
-                width = columns_of(size, docs, DIRECTION, HAS_GUIDE)
+                width = columns_of(size, docs, query_columns, DIRECTION, HAS_GUIDE)
                 for first in range(0, width, BLOCK):
                     column = first + lanes
                     similarity = tl.load(block_row + offset + column, mask=column < width, other=0.0)
@@ -160,10 +163,13 @@ def softmax_rows(
     rows, columns = block.shape
     width = block_of(columns)
     written = block if gradient is None else gradient
+    # with a guide, those of a batch over processes are the ones of the rows' own process
+    query_columns = sum(tile.width for tile in tiles if tile.direction == "query_to_query")
     launch(
         softmax_rows_fwd_kernel, (rows,), block, written, normaliser, positive, hardest,
         block if guide is None else guide, positive if thresholds is None else thresholds, *objective.arguments,
-        block.stride(0), written.stride(0), tiles[0].start, unit, HAS_GUIDE=guide is not None, **objective.constants,
+        query_columns, block.stride(0), written.stride(0), tiles[0].start, unit, HAS_GUIDE=guide is not None,
+        **objective.constants,
         DIRECTIONS=sum(1 << DIRECTION_CODES[tile.direction] for tile in tiles), GRADIENT=gradient is not None,
         BLOCK=width, num_warps=warps_of(width),
     )  # fmt: skip

@@ -26,7 +26,10 @@ NEG_INF = float("-inf")
 
 @dataclass(frozen=True)
 class Problem:
-    """What every pass must know of the call beside the block: sizes, objective, exclusions."""
+    """What every pass must know of the call beside the block: sizes, objective, exclusions.
+
+    All are of the whole batch, but for the guide's queries: those are the ones from `first` on that are walked here.
+    """
 
     size: int  # B, the number of queries
     docs: int  # M, the number of documents
@@ -35,6 +38,7 @@ class Problem:
     doc_ids: Tensor | None = None  # (M,)
     mask: Tensor | None = None  # (B, M) boolean
     guide: Guide | None = None
+    first: int = 0
 
 
 class Passes(Rows):
@@ -49,8 +53,9 @@ class Passes(Rows):
         # per row, raw similarities: of the positive (which the passes other than `softmax_gradient` are given), and of
         # the hardest negative
         self.positive = torch.empty(problem.size, dtype=self.dtype, device=queries.device)
-        self.hardest = torch.empty_like(self.positive)
-        self.guided = GuideBlocks(problem.guide, problem.size) if problem.guide is not None else None
+        self.hardest = torch.full_like(self.positive, NEG_INF)
+        guide = problem.guide
+        self.guided = GuideBlocks(guide, problem.size, problem.first) if guide is not None else None
 
     def softmax_gradient(
         self,
@@ -60,8 +65,8 @@ class Passes(Rows):
     ) -> tuple[Tensor, Sequence[Tensor]]:
         """One softmax over the rows of all tiles: its normaliser (R,), and the gradient of each tile's logits."""
         blocks = block.split([tile.width for tile in tiles], dim=1)
-        first, rows = next(self._own(tiles[0], blocks[0])), tiles[0].rows
-        self.positive[rows] = first
+        first = self._positives(tiles[0], blocks[0])
+        self.positive[tiles[0].rows] = first
         for tile, similarities in zip(tiles, blocks, strict=True):
             self._mask(tile, similarities)
             self._to_logits(tile, similarities)
@@ -111,7 +116,7 @@ class Passes(Rows):
         if twins is not None:
             block[:, tile.twin_columns] += twins.sub_(twin_normaliser[tile.twin_rows]).exp_()
         if tile.direction == "query_to_doc":
-            next(self._own(tile, block)).sub_(float(self.problem.spec.partitions))
+            self._positives(tile, block).sub_(float(self.problem.spec.partitions))
         return block
 
     def _to_logits(self, tile: Tile, block: Tensor) -> None:
@@ -121,32 +126,44 @@ class Passes(Rows):
         if tile.direction != "query_to_doc":
             block.sub_(positive[:, None]).mul_(scale)
             return
-        first, *others = self._own(tile, block)
+        (_, first), *others = self._own(tile, block)
         first.fill_(NEG_INF)
-        self.hardest[tile.rows] = block.amax(dim=1)
-        hard_negatives = [column.clone() for column in others] if spec.weighs_hardness else []
+        # a row that comes in several blocks keeps the hardest of all
+        self.hardest[tile.rows] = torch.maximum(self.hardest[tile.rows], block.amax(dim=1))
+        hard_negatives = [similarities.clone() for _, similarities in others] if spec.weighs_hardness else []
         if spec.weighs_hardness and spec.hardness != "hard_negatives":
             block.mul_(scale + spec.hardness_strength).sub_((positive * scale)[:, None])
         else:
             block.sub_(positive[:, None]).mul_(scale)
-        for column, similarities in zip(others, hard_negatives, strict=False):
+        for (rows, column), similarities in zip(others, hard_negatives, strict=False):
             weighed = spec.hardness_strength if spec.hardness != "in_batch_negatives" else 0.0
-            column.copy_(similarities * (scale + weighed) - positive * scale)
+            column.copy_(similarities * (scale + weighed) - self.positive[rows] * scale)
         first.zero_()
 
     def _twin_logits(self, tile: Tile, block: Tensor) -> Tensor:  # (R, T)
         """The logits of the twins in a block of masked similarities, each relative to the positive of its column."""
         logits = (block[:, tile.twin_columns] - self.positive[tile.twin_rows]).mul_(self.problem.scale)
         if tile.direction == "query_to_doc":
-            logits.diagonal(tile.start).zero_()
+            logits.diagonal(tile.start - tile.twins[0]).zero_()
         return logits
 
-    def _own(self, tile: Tile, block: Tensor) -> Iterator[Tensor]:
-        """The diagonals (R,) at which a row meets itself or its own documents, column of documents by column."""
+    def _positives(self, tile: Tile, block: Tensor) -> Tensor:
+        """The diagonal of the rows' positives, or as much of it as lies in the block."""
+        return next(self._own(tile, block))[1]
+
+    def _own(self, tile: Tile, block: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """The rows that meet themselves or a document of their own, and the diagonal of where they do.
+
+        For one column of documents after the other; where a column lies beside the block, no rows.
+        """
         size = self.problem.size
-        for column in range(tile.last // size):
-            start = column * size + tile.start - tile.first
-            yield block[:, start : start + tile.stop - tile.start].diagonal()
+        columns = 1 if tile.direction == "query_to_query" else self.problem.docs // size
+        for column in range(columns):
+            shift = column * size
+            start = max(tile.start, tile.first - shift)
+            stop = max(min(tile.stop, tile.last - shift), start)
+            top, left, count = start - tile.start, start + shift - tile.first, stop - start
+            yield slice(start, stop), block[top : top + count, left : left + count].diagonal()
 
     def _mask(self, tile: Tile, block: Tensor) -> None:
         """Set what is no candidate to minus infinity: a row's own texts, and the excluded pairs."""
@@ -154,7 +171,7 @@ class Passes(Rows):
         if excluded is not None:
             block.masked_fill_(excluded, NEG_INF)
         if tile.direction != "query_to_doc" and self.guided is None:
-            for own in self._own(tile, block):
+            for _, own in self._own(tile, block):
                 own.fill_(NEG_INF)
 
     def _excluded(self, tile: Tile, block: Tensor) -> Tensor | None:
@@ -162,15 +179,15 @@ class Passes(Rows):
         ids, mask = self.problem.doc_ids, self.problem.mask
         excluded = self.guided.excluded(tile) if self.guided is not None else None
         if excluded is not None and tile.direction == "query_to_doc":
-            next(self._own(tile, excluded)).fill_(False)
+            self._positives(tile, excluded).fill_(False)
         if ids is not None:
             excluded = ids[tile.rows, None] == ids[None, tile.first : tile.last]
-            for own in self._own(tile, excluded):
+            for _, own in self._own(tile, excluded):
                 own.fill_(False)
         if mask is not None and tile.direction == "query_to_doc":
             given = mask[tile.rows, tile.first : tile.last]
             excluded = given.clone() if excluded is None else excluded.logical_or_(given)
-            next(self._own(tile, excluded)).fill_(False)
+            self._positives(tile, excluded).fill_(False)
         return excluded
 
 
