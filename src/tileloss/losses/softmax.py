@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from tileloss.errors import InputError, ShapeError
+from tileloss.errors import InputError
 from tileloss.functional import pair_logits
 from tileloss.losses import citations
-from tileloss.losses.columns import embed_columns
+from tileloss.losses.columns import embed_columns, expect_columns
 from tileloss.reference.pair_classifier import PairParts, pair_features
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class SoftmaxLoss(nn.Module):
 
     Raises:
         InputError (a ValueError): at construction, if there would be no features.
-        ShapeError: at the call, for other than two columns.
+        ColumnsError (a ShapeError and ValueError): at the call, for other than two columns.
         ShapeError, DtypeError, DeviceError: at the call, for embeddings that do not fit together or the layer.
 
     >>> loss = SoftmaxLoss(model, model.get_embedding_dimension(), num_labels=3)  # doctest: +SKIP
@@ -98,8 +98,7 @@ class SoftmaxLoss(nn.Module):
     ) -> Tensor | tuple[list[Tensor], Tensor]:
         """The loss (0-dim) of one batch, a feature dict for each of two columns; or embeddings and logits."""
         columns = list(sentence_features)
-        if len(columns) != 2:
-            raise ShapeError(f"SoftmaxLoss expects exactly 2 input columns, (text, other text), got {len(columns)}.")
+        expect_columns(self, columns, ("text", "other text"))
         embeddings = embed_columns(self.model, columns)
         logits = self._logits(*embeddings)
         if labels is None:
