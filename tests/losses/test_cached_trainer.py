@@ -1,5 +1,6 @@
-"""Cached losses and those around others in sentence-transformers' own trainer: step by step as its own, dropout on."""
+"""Losses that embed twice, by two models or for others, in sentence-transformers' own trainer: each step as its own."""
 
+import copy
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,14 @@ oracle = pytest.importorskip("sentence_transformers.sentence_transformer.losses"
 datasets = pytest.importorskip("datasets")
 
 
+def guide_of(model: Any) -> Any:
+    """Another model with the same tokenizer."""
+    guide = copy.deepcopy(model).requires_grad_(False)
+    for parameter in guide.parameters():
+        parameter.mul_(1.5)
+    return guide
+
+
 CACHED = "CachedMultipleNegativesRankingLoss"
 LOSSES: dict[str, Callable[[Any, Any], Any]] = {
     "cached": lambda library, model: getattr(library, CACHED)(model, mini_batch_size=5),
@@ -23,6 +32,12 @@ LOSSES: dict[str, Callable[[Any, Any], Any]] = {
         model, mini_batch_num_tokens=30, show_progress_bar=True
     ),
     "mega-batch": lambda library, model: library.MegaBatchMarginLoss(model, mini_batch_size=5),
+    "guided": lambda library, model: library.CachedGISTEmbedLoss(
+        model, guide_of(model), temperature=0.1, mini_batch_size=5
+    ),
+    "tension": lambda library, model: library.ContrastiveTensionLoss(model),
+    "tension in batches": lambda library, model: library.ContrastiveTensionLossInBatchNegatives(model),
+    "auto-encoder": lambda library, model: library.DenoisingAutoEncoderLoss(model),
     "widths": lambda library, model: library.MatryoshkaLoss(
         model, library.MultipleNegativesRankingLoss(model), [16, 8, 3], n_dims_per_step=2
     ),
@@ -51,6 +66,8 @@ def test_steps_are_those_of_the_stock_class(
     results = []
     for library in (losses, oracle):
         model = tiny_encoder()
+        torch.manual_seed(4)
+        loss = LOSSES[name](library, model)
         data = datasets.Dataset.from_dict({"anchor": texts(48, 0), "positive": texts(48, 1)})
         arguments = st.SentenceTransformerTrainingArguments(
             output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=12, gradient_accumulation_steps=2,
@@ -58,7 +75,7 @@ def test_steps_are_those_of_the_stock_class(
             save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, seed=3,
         )  # fmt: skip
         trainer = st.SentenceTransformerTrainer(
-            model, args=arguments, train_dataset=data, eval_dataset=data, loss=LOSSES[name](library, model)
+            model, args=arguments, train_dataset=data, eval_dataset=data, loss=loss
         )
         random.seed(0)
         with tileloss.use_backend(backend):
