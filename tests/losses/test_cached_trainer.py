@@ -1,4 +1,4 @@
-"""Losses that embed twice, by two models or for others, in sentence-transformers' own trainer: each step as its own."""
+"""Losses that embed twice, by two models or for others, in sentence-transformers' own trainer: as its own do."""
 
 import copy
 import random
