@@ -140,7 +140,7 @@ def _contrastive(
     exclude: Tensor | Guide | None,
 ) -> tuple[Tensor, ContrastiveStats]:
     call = check_call(queries, docs, scale, similarity, directions, partition, hardness, exclude)
-    chosen = _backend(call.queries, call.docs, call.spec)
+    chosen = choose_backend(call.queries, call.docs, call.spec)
     if chosen == "reference":
         with full_precision(queries.device.type):
             loss, stats = reference.contrastive_loss(*call)
@@ -235,7 +235,8 @@ def _check_guide(guide: Guide, queries: Tensor, docs: Tensor, spec: ContrastiveS
         raise InputError("A guide has a threshold for each query and none for documents: leave out 'doc_to_query'.")
 
 
-def _backend(queries: Tensor, docs: Tensor, spec: ContrastiveSpec) -> str:
+def choose_backend(queries: Tensor, docs: Tensor, spec: ContrastiveSpec) -> str:
+    """The backend for a call that was checked."""
     if len(queries) == 0:
         return "reference"  # whatever is asked for: without rows there are no blocks, and the definition says nan
     # of mixed inputs the wider one decides, for they are computed in its dtype

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from tileloss import reference, tiled
+from tileloss.functional.second_derivative import gradients_by_definition
 from tileloss.guide import Guide
-from tileloss.similarity import full_precision
 from tileloss.spec import ContrastiveSpec
 from tileloss.tiled import Needs
 
@@ -65,12 +65,12 @@ def _contrastive(
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    spec = _spec(similarity, directions, partition, hardness, hardness_strength)
+    spec = spec_of(similarity, directions, partition, hardness, hardness_strength)
     scale_ = scale if scale_tensor is None else scale_tensor
     passes = tiled.Passes
     if backend == "triton":
         from tileloss.kernels import TritonPasses as passes
-    guide = _guide(guide_queries, guide_docs, guide_margin, guide_strategy)
+    guide = guide_of(guide_queries, guide_docs, guide_margin, guide_strategy)
     result = tiled.contrastive_loss(queries, docs, scale_, spec, doc_ids, mask, Needs(*needs), guide, passes)
     # an operator returns tensors only: a gradient that nobody asked for is an empty one
     d_queries, d_docs, d_scale = (queries.new_empty(0) if g is None else g for g in result[2:])
@@ -93,14 +93,14 @@ def _shapes(queries: Tensor, docs: Tensor, scale_tensor: Tensor | None, *setting
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, margin, strategy, ctx.scale, similarity, directions, partition, hardness, strength, ctx.needs, _ = inputs
-    ctx.guide_settings = margin, strategy
-    ctx.spec = _spec(similarity, directions, partition, hardness, strength)
+    ctx.guide_settings, ctx.definition = (margin, strategy), reference.contrastive_loss
+    ctx.spec = spec_of(similarity, directions, partition, hardness, strength)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*tensors, *output[2:])
 
 
 def _backward(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Any, ...]:
-    return (*_gradients(ctx, d_loss), *[None] * 14)
+    return (*ready_gradients(ctx, d_loss), *[None] * 14)
 
 
 _contrastive.register_autograd(_backward, setup_context=_setup_context)
@@ -111,7 +111,7 @@ class _CallableLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, queries, docs, scale_tensor, scale, spec, doc_ids, mask, guide, needs):  # type: ignore[no-untyped-def]
-        ctx.scale, ctx.spec, ctx.needs = scale, spec, needs
+        ctx.scale, ctx.spec, ctx.needs, ctx.definition = scale, spec, needs, reference.contrastive_loss
         scale = scale if scale_tensor is None else scale_tensor
         loss, stats, *gradients = tiled.contrastive_loss(
             queries, docs, scale, spec, doc_ids, mask, Needs(*needs), guide
@@ -123,43 +123,27 @@ class _CallableLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor, _: Any) -> tuple[Any, ...]:
-        return (*_gradients(ctx, d_loss), *[None] * 6)
+        return (*ready_gradients(ctx, d_loss), *[None] * 6)
 
 
-def _gradients(ctx: Any, d_loss: Tensor) -> list[Tensor | None]:
+def ready_gradients(ctx: Any, d_loss: Tensor) -> list[Tensor | None]:
     """Of queries, docs and scale: as the forward found them, scaled; or by the definition where autograd records."""
     queries, docs, scale_tensor, doc_ids, mask, guide_queries, guide_docs, *found = ctx.saved_tensors
     if torch.is_grad_enabled():
         scale = ctx.scale if scale_tensor is None else scale_tensor
-        guide = _guide(guide_queries, guide_docs, *ctx.guide_settings)
-        return _through_definition(d_loss, (queries, docs, scale), ctx.spec, doc_ids, mask, guide, ctx.needs)
+        guide = guide_of(guide_queries, guide_docs, *ctx.guide_settings)
+
+        def definition(*inputs: Any) -> Tensor:
+            return ctx.definition(*inputs, ctx.spec, doc_ids, mask, guide)[0]
+
+        return gradients_by_definition(definition, d_loss, (queries, docs, scale), ctx.needs)
     # out of place, so that a second backward over a retained graph gives the same numbers
     return [g * d_loss.to(g.dtype) if need else None for g, need in zip(found, ctx.needs, strict=True)]
 
 
-def _through_definition(
-    d_loss: Tensor,
-    inputs: tuple[Tensor, Tensor, Tensor | float],
-    spec: ContrastiveSpec,
-    doc_ids: Tensor | None,
-    mask: Tensor | None,
-    guide: Guide | None,
-    needs: list[bool],
-) -> list[Tensor | None]:
-    """The gradients as a differentiable function of the inputs, by the materialised definition."""
-    # as nodes of their own: the gradient of an input that was computed from another must not flow on into that one too
-    queries, docs = (x.view_as(x) for x in inputs[:2])
-    scale = inputs[2].view_as(inputs[2]) if isinstance(inputs[2], Tensor) else inputs[2]
-    with full_precision(d_loss.device.type):
-        loss, _ = reference.contrastive_loss(queries, docs, scale, spec, doc_ids, mask, guide)
-        wanted = [x for x, need in zip((queries, docs, scale), needs, strict=True) if need and isinstance(x, Tensor)]
-        found = iter(torch.autograd.grad(loss, wanted, d_loss, create_graph=True))
-    return [next(found) if need else None for need in needs]
-
-
-def _spec(similarity: str, directions: str, partition: str, hardness: str, strength: float) -> ContrastiveSpec:
+def spec_of(similarity: str, directions: str, partition: str, hardness: str, strength: float) -> ContrastiveSpec:
     return ContrastiveSpec(similarity, tuple(directions.split("+")), partition, hardness or None, strength)
 
 
-def _guide(queries: Tensor | None, docs: Tensor | None, margin: float, strategy: str) -> Guide | None:
+def guide_of(queries: Tensor | None, docs: Tensor | None, margin: float, strategy: str) -> Guide | None:
     return None if queries is None or docs is None else Guide(queries, docs, margin, strategy)

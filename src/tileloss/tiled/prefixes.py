@@ -1,0 +1,76 @@
+"""Rows cut at several prefix widths: the segments between the widths, the norms of all prefixes, and the way back.
+
+The first d numbers of a row are its segments up to d, so the products of prefixes are partial sums over segments, and
+so are their squared norms. The gradient of a segment adds up over every prefix that reaches it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tileloss.similarity import NORM_FLOOR
+
+
+@dataclass
+class Prefixes:
+    """One set of rows under K prefix widths, and the parts of their gradient under way.
+
+    Attributes:
+        segments: K times (N, W_k), contiguous: what width k adds to the width before it.
+        columns: K times, where a segment stands in its row.
+        inverse: (K, N), one over the prefix' norm, which is clamped at 1e-12.
+        slope: (K, N), the square of `inverse`, and zero where the clamp makes the norm a constant.
+        gradient: (N, D) of the rows by their products, or None where nobody wants it.
+        along: (K, N), the sum over a row of each cosine times its gradient, by which the norms answer.
+    """
+
+    segments: list[Tensor]
+    columns: list[slice]
+    inverse: Tensor
+    slope: Tensor
+    gradient: Tensor | None
+    along: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        x: Tensor,  # (N, D)
+        dims: Sequence[int],  # ascending
+        dtype: torch.dtype,  # of segments and sums
+        wanted: bool,  # whether the rows need a gradient
+    ) -> Prefixes:
+        """Cut the rows; memory: a copy of them, and as much for the gradient where it is wanted."""
+        columns = [slice(first, last) for first, last in zip((0, *dims), dims, strict=False)]
+        segments = [x[:, place].to(dtype).contiguous() for place in columns]
+        norms = torch.stack([torch.linalg.vector_norm(segment, dim=1) for segment in segments])
+        norms = norms.square_().cumsum_(0).sqrt_()
+        inverse = norms.clamp_min(NORM_FLOOR).reciprocal_()
+        slope = torch.where(norms < NORM_FLOOR, 0.0, inverse.square())
+        gradient = torch.zeros(x.shape, dtype=dtype, device=x.device) if wanted else None
+        return cls(segments, columns, inverse, slope, gradient, torch.zeros_like(inverse))
+
+    def head(self, rows: int) -> Prefixes:
+        """The first rows alone, in the same memory."""
+        gradient = self.gradient[:rows] if self.gradient is not None else None
+        segments = [segment[:rows] for segment in self.segments]
+        return Prefixes(
+            segments, self.columns, self.inverse[:, :rows], self.slope[:, :rows], gradient, self.along[:, :rows]
+        )
+
+    def finish(
+        self,
+        weights: Tensor,  # (K,)
+        factor: float | Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor:  # (N, D)
+        """The gradient of the rows as given, times `factor`: that by the products less that by the norms."""
+        assert self.gradient is not None
+        by_norm = (self.along * self.slope).mul_(weights[:, None])
+        by_norm = by_norm.flip(0).cumsum_(0).flip(0)  # a segment lies in its own width's prefix and in all longer ones
+        for segment, place, coefficient in zip(self.segments, self.columns, by_norm, strict=True):
+            self.gradient[:, place].addcmul_(segment, coefficient[:, None], value=-1)
+        return self.gradient.mul_(factor).to(dtype)
