@@ -148,13 +148,21 @@ def test_either_library_wraps_the_others_losses(
     assert_same(*results)
 
 
-@pytest.mark.parametrize("kind", ["MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss"])
-def test_the_same_widths_are_drawn(kind: str, backend: str) -> None:
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda library, model: library.MultipleNegativesRankingLoss(model),
+        lambda library, model: library.CachedMultipleNegativesRankingLoss(model),
+        lambda library, model: Inner(model),
+    ],
+    ids=["all widths at once", "all widths at once, cached", "each width by itself"],
+)
+def test_the_same_widths_are_drawn(make: Callable[[Any, Any], nn.Module]) -> None:
     """Ten steps from one seed; afterwards both have drawn as often."""
     features, values, states = given(), [], []
     for library in (losses, oracle):
         model = Given()
-        loss = library.MatryoshkaLoss(model, getattr(library, kind)(model), [2, 3, 5, 8, 16], n_dims_per_step=2)
+        loss = library.MatryoshkaLoss(model, make(library, model), [2, 3, 5, 8, 16], n_dims_per_step=2)
         random.seed(0)
         with torch.no_grad():
             values.append([loss(features, None).item() for _ in range(10)])
