@@ -107,6 +107,12 @@ class EmbedDistillLoss(nn.Module):
         teacher = teacher.to(device=student.device, dtype=student.dtype)
         if self.projection is not None:
             student = self.projection(student)
+        if student.shape != teacher.shape and teacher.shape != (1, *student.shape[1:]):  # one row counts for all
+            raise ShapeError(
+                f"The student's embeddings are {tuple(student.shape)} and the teacher's {tuple(teacher.shape)}: row i "
+                "is the same text's in both. A student of another width than the teacher's needs the teacher's as "
+                "projection_dim."
+            )
         distance = paired_distance(student, teacher, metric=_METRICS[self.distance_metric]).mean()
         if self.distance_metric == "mse":
             distance = distance / student.shape[1]
