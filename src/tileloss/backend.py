@@ -38,6 +38,7 @@ _SMALL = {"cpu": 256 * 256, "cuda": 1024 * 1024, "xpu": 1024 * 1024}
 _Fn = TypeVar("_Fn", bound=Callable[..., Any])
 _forced: str | None = None
 _said: set[str] = set()
+_recordings: list[list[Choice]] = []
 
 
 class Choice(NamedTuple):
@@ -75,6 +76,21 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+@contextmanager
+def recorded() -> Iterator[list[Choice]]:
+    """The choices made by the calls inside the block, in their order.
+
+    >>> with recorded() as choices:
+    ...     loss = contrastive_loss(queries, docs)  # doctest: +SKIP
+    """
+    choices: list[Choice] = []
+    _recordings.append(choices)
+    try:
+        yield choices
+    finally:
+        _recordings.pop()
 
 
 def accepts_backend(function: _Fn) -> _Fn:
@@ -129,6 +145,13 @@ def choose(
     Raises:
         BackendError: when a backend was asked for by name and cannot run.
     """
+    choice = _choice(tensor, similarities, obstacles)
+    for choices in _recordings:
+        choices.append(choice)
+    return choice
+
+
+def _choice(tensor: Tensor, similarities: int | None, obstacles: Mapping[str, str] | None) -> Choice:
     name = requested()
     # first of all, because a small batch is where microseconds count
     if name == "auto" and similarities is not None and similarities <= _SMALL.get(tensor.device.type, 0):

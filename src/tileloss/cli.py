@@ -10,6 +10,10 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": ("tileloss.train", "train an embedding model, by default on the Python code installed here"),
     "bench": ("tileloss.bench", "measure time and memory of the losses against other implementations"),
+    "doctor": (
+        "tileloss.doctor",
+        "say what is installed and what would run, and check that it computes what it should",
+    ),
 }
 
 
