@@ -42,6 +42,9 @@ def test_products_are_those_of_float64(
     started = torch.randn(max(n, m), d)
     wide = grad.double()
     assert error(multiply(x, y.t(), out=arrange(torch.empty(n, m))), x.double() @ y.double().t()) < 1e-6
+    block = arrange(torch.randn(n, m))
+    expected = block.double() + x.double() @ y.double().t()
+    assert error(accumulate(block, x, y.t()), expected) < 1e-6
     expected = started[:n].double() + wide @ y.double()
     assert error(accumulate(started[:n].clone(), grad, y), expected) < 1e-6
     expected = started[:m].double() + wide.t() @ x.double()

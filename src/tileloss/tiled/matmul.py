@@ -41,6 +41,8 @@ def accumulate(
             return onednn.accumulate_transposed(total, a.t(), b)
         if b.is_contiguous():
             return onednn.accumulate(total, a, b)
+        if b.t().is_contiguous():
+            return onednn.accumulate_by_columns(total, a, b.t())
     if a.dtype == b.dtype == total.dtype:
         return total.addmm_(a, b)
     if a.device.type in _WIDE_RESULT_DEVICES and a.dtype == b.dtype:

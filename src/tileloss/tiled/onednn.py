@@ -70,6 +70,17 @@ def accumulate(
     return total
 
 
+def accumulate_by_columns(
+    total: Tensor,  # (N, M)
+    a: Tensor,  # (N, K)
+    b: Tensor,  # (M, K) contiguous
+) -> Tensor:
+    """`total += a @ b.T`; memory beside it: one step's N x 1024."""
+    for columns in _steps(len(b)):
+        total[:, columns].add_(_linear(a, b[columns]))
+    return total
+
+
 def accumulate_transposed(
     total: Tensor,  # (N, M)
     a: Tensor,  # (K, N)
