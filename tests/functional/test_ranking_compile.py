@@ -25,11 +25,10 @@ def value_and_gradient(loss_of, scores: Tensor, labels: Tensor) -> list[Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss, scores)]
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_one_graph_with_the_same_numbers(compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_graph_with_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranking_op, "definition", None)  # it serves second derivatives alone
     inputs = torch.randn(100), torch.rand(100)
-    compiled = torch.compile(ranked, fullgraph=True, backend=compiler)
+    compiled = torch.compile(ranked, fullgraph=True, backend="aot_eager")
     for a, b in zip(value_and_gradient(compiled, *inputs), value_and_gradient(ranked, *inputs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 

@@ -1,6 +1,7 @@
 """The public differentiable functions, one file per primitive."""
 
 from tileloss.functional.contrastive import ContrastiveStats, contrastive_loss, contrastive_loss_with_stats
+from tileloss.functional.dispersion import Dispersion, dispersion
 from tileloss.functional.hardest import HardestNegatives, hardest_negatives
 from tileloss.functional.matryoshka import matryoshka_contrastive_loss, matryoshka_contrastive_loss_with_stats
 from tileloss.functional.pair_classifier import pair_logits
@@ -13,11 +14,13 @@ from tileloss.functional.triplet_masks import TripletMasks, triplet_masks
 
 __all__ = [
     "ContrastiveStats",
+    "Dispersion",
     "HardestNegatives",
     "TripletMasks",
     "TripletStats",
     "contrastive_loss",
     "contrastive_loss_with_stats",
+    "dispersion",
     "hardest_negatives",
     "matryoshka_contrastive_loss",
     "matryoshka_contrastive_loss_with_stats",
