@@ -20,17 +20,14 @@ import torch
 from torch import Tensor
 
 from tileloss.similarity import full_precision
-from tileloss.tiled import Needs, Passes, Problem, Result, Tile
-from tileloss.tiled.blocks import rows_per_block
+from tileloss.tiled import Needs, Passes, Problem, Result, Tile, blocks
 from tileloss.tiled.guide import GuideBlocks
 from tileloss.tiled.matmul import accumulate, multiply
 from tileloss.tiled.passes import NEG_INF
 from tileloss.tiled.prefixes import Prefixes
 
-# rows of a block at least: a GEMM of fewer is slow, and so is one that adds few rows to a whole gradient
-_MIN_ROWS = 256
 # bytes of the part of a block that elementwise operations go through at a time: it and two more fit a core's cache
-_PART_BYTES = 512 << 10
+_PART_BYTES = 1 << 20
 
 # what is done with the cosines of one width: from (k, tiles, block) to the gradients of each tile's logits, if any
 Visit = Callable[[int, Sequence[Tile], Tensor], Sequence[Tensor]]
@@ -248,8 +245,9 @@ class _Walk:
             yield slice(first - start, last - start), [replace(tile, start=first, stop=last) for tile in tiles]
 
     def _rows_per_block(self, columns: int) -> int:
-        fitting = rows_per_block(self.problem.size, self.blocks_held * columns, self.dtype, self.weights.device)
-        return min(max(fitting, _MIN_ROWS), self.problem.size)
+        fitting = blocks.rows_per_block(self.problem.size, self.blocks_held * columns, self.dtype, self.weights.device)
+        # a GEMM of fewer rows is slow, and so is one that adds them to a whole gradient
+        return min(max(fitting, 4 * blocks.MIN_ROWS), self.problem.size)
 
     def _buffers(self) -> tuple[list[Tensor], Tensor]:
         """The products and the blocks of every width, of the largest group's size; and room for a part's terms."""
