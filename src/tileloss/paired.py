@@ -18,7 +18,7 @@ from tileloss.similarity import NORM_FLOOR, SimilarityFn, StockSimilarities, up
 
 def _numbers(x: Any) -> Tensor:
     """A tensor of at least float32 from a tensor, array or list; a sparse one is made dense."""
-    x = up(torch.as_tensor(x))
+    x = up(x if isinstance(x, Tensor) else torch.as_tensor(x))
     return x if x.layout == torch.strided else x.to_dense()
 
 

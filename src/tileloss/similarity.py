@@ -33,7 +33,8 @@ def up_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def up(x: Tensor) -> Tensor:
     """Raise floats narrower than 32 bits to float32; leave every other dtype as it is."""
-    return x.to(up_dtype(x.dtype))
+    dtype = up_dtype(x.dtype)
+    return x if dtype == x.dtype else x.to(dtype)  # small batches feel even a conversion to the same dtype
 
 
 def full_precision(device_type: str) -> AbstractContextManager[Any]:

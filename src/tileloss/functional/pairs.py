@@ -20,9 +20,9 @@ from tileloss.paired import DISTANCES, PAIRED
 from tileloss.similarity import full_precision
 
 _SIMILARITIES = tuple(PAIRED.functions)
-# of a number, against one of a cosine: what autograd holds and does for products and distances is little more than
-# has to be, so that their blocks pay later, from 2,000 rows of 512 on a CPU
-_WORTH = dict.fromkeys(("dot", *DISTANCES), 1 / 16)
+# of a number, against one of a cosine, whose blocks pay from 64 rows of 768 on a CPU: what autograd does for products
+# and distances is little more than has to be, so that theirs pay from 512 rows on
+_WORTH = dict.fromkeys(("dot", *DISTANCES), 1 / 8)
 _METRICS = (*DISTANCES, "cosine", "torch_cosine")
 
 
@@ -104,9 +104,8 @@ def paired_distance(
 
 def _measured(a: Tensor, b: Tensor | Sequence[Tensor], measure: str, eps: float) -> Tensor:
     others = [b] if isinstance(b, Tensor) else list(b)
-    check_rows("a", a)
-    _check_others(a, others)
-    a, *others = _aligned([a, *others])
+    _check(a, others)
+    a, *others = _aligned([_dense(a), *map(_dense, others)])
     chosen = _backend(a, others, measure)
     if chosen != "reference":
         found = block_pairs(a, others, measure, eps, chosen)
@@ -114,25 +113,13 @@ def _measured(a: Tensor, b: Tensor | Sequence[Tensor], measure: str, eps: float)
         return found[0] if isinstance(b, Tensor) else found.T
     with full_precision(a.device.type):
         columns = [reference.paired_measure(a, other, measure, eps) for other in others]
-        columns = [x.abs() for x in columns] if measure == "angle" else columns
-        return columns[0] if isinstance(b, Tensor) else torch.stack(columns, dim=1)
+    if measure == "angle":
+        columns = [x.abs() for x in columns]
+    return columns[0] if isinstance(b, Tensor) else torch.stack(columns, dim=1)
 
 
-def _aligned(matrices: list[Tensor]) -> list[Tensor]:
-    """The matrices dense, with as many rows each: single rows count for all, without copies."""
-    rows = max(map(len, matrices)) if all(map(len, matrices)) else 0
-    return [x if len(x) == rows else x.expand(rows, -1) for x in map(_dense, matrices)]
-
-
-def _backend(a: Tensor, others: list[Tensor], measure: str) -> str:
-    if a.numel() == 0:
-        return "reference"  # whatever is asked for: without numbers there are no blocks, and the result is known
-    # of mixed inputs the widest decides, for they are computed in its dtype
-    widest = max((a, *others), key=Tensor.element_size)
-    return backend.choose(widest, int(_WORTH.get(measure, 1.0) * a.numel() * len(others))).backend
-
-
-def _check_others(a: Tensor, others: Sequence[Tensor]) -> None:
+def _check(a: Tensor, others: Sequence[Tensor]) -> None:
+    check_rows("a", a)
     if len(others) == 0:
         raise InputError("There is nothing to compare a with: b is an empty sequence.")
     for place, b in enumerate(others):
@@ -140,13 +127,37 @@ def _check_others(a: Tensor, others: Sequence[Tensor]) -> None:
         check_rows(name, b)
         if a.device != b.device:
             raise DeviceError(f"a is on {a.device} and {name} on {b.device}; move both to one device.")
-        if a.shape[1] != b.shape[1]:
+        if a.shape == b.shape:
+            continue
+        (rows, width), (other_rows, other_width) = a.shape, b.shape
+        if width != other_width:
             raise ShapeError(
-                f"Rows of a have {a.shape[1]} numbers and rows of {name} {b.shape[1]}; embed both by one model."
+                f"Rows of a have {width} numbers and rows of {name} {other_width}; embed both by one model."
             )
-        if len(a) != len(b) and 1 not in (len(a), len(b)):
-            raise ShapeError(f"a has {len(a)} rows and {name} {len(b)}: row i of one is compared with row i of both.")
+        if rows != other_rows and 1 not in (rows, other_rows):
+            raise ShapeError(f"a has {rows} rows and {name} {other_rows}: row i is compared with row i.")
+
+
+def _aligned(matrices: list[Tensor]) -> list[Tensor]:
+    """The matrices with as many rows each: single rows count for all, without copies."""
+    if all(x.shape == matrices[0].shape for x in matrices):
+        return matrices
+    counts = [x.shape[0] for x in matrices]
+    rows = max(counts) if min(counts) else 0
+    if any(count not in (1, rows) for count in counts):
+        raise ShapeError(f"The matrices have {counts} rows: each must have as many, or one that counts for all.")
+    return [x.expand(rows, -1) for x in matrices]
 
 
 def _dense(x: Tensor) -> Tensor:
     return x if x.layout == torch.strided else x.to_dense()
+
+
+def _backend(a: Tensor, others: list[Tensor], measure: str) -> str:
+    size = a.numel() * len(others)
+    if size == 0:
+        return "reference"  # whatever is asked for: without numbers there are no blocks, and the result is known
+    widest = a  # of mixed inputs it decides, for they are computed in its dtype
+    for x in others:
+        widest = x if x.element_size() > widest.element_size() else widest
+    return backend.choose(widest, int(size * _WORTH.get(measure, 1.0))).backend

@@ -24,7 +24,33 @@ def block_pairs(
     backend: str,
 ) -> Tensor:  # (N, B)
     """The measures by the block algorithm of a backend, as a node of the autograd graph."""
-    return _pairs([a, *others], measure, eps, backend)[0]
+    if torch.compiler.is_compiling():
+        return _pairs([a, *others], measure, eps, backend)[0]
+    return _Pairs.apply(measure, eps, backend, a, *others)  # type: ignore[no-any-return]
+
+
+class _Pairs(torch.autograd.Function):
+    """The operator's node for eager calls, which small batches wait for a fraction of the time."""
+
+    @staticmethod
+    def forward(ctx: Any, measure: str, eps: float, backend: str, *matrices: Tensor) -> Tensor:
+        found, norms = _backend(backend).paired_measure(matrices[0], matrices[1:], measure, eps)
+        ctx.settings = measure, eps, backend
+        ctx.save_for_backward(*matrices, found, norms)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, d_found: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        measure, eps, backend = ctx.settings
+        *matrices, found, norms = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[3:])
+        if torch.is_grad_enabled():
+            gradients = _through_definition(d_found, matrices, measure, eps, needs)
+        else:
+            a, *others = matrices
+            run = _backend(backend).paired_measure_backward
+            gradients = run(d_found, a, others, found, norms, measure, eps, needs)
+        return None, None, None, *gradients
 
 
 @torch.library.custom_op("tileloss::pairs", mutates_args=())

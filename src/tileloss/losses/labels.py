@@ -25,12 +25,12 @@ def one_label_each(
         MissingError (an AttributeError): without labels.
         ShapeError (a ValueError): for labels that are not one for each row.
     """
-    name, size = type(loss).__name__, len(rows)
+    size = rows.shape[0]
     if labels is None:
-        raise MissingError(f"{name} needs labels: {meaning} for each of the {size} examples.")
+        raise MissingError(f"{type(loss).__name__} needs labels: {meaning} for each of the {size} examples.")
     if labels.numel() != size:
         raise ShapeError(
-            f"{name} expects {size} labels (one per example), but got {labels.numel()} labels with shape "
-            f"{tuple(labels.shape)}."
+            f"{type(loss).__name__} expects {size} labels (one per example), but got {labels.numel()} labels with "
+            f"shape {tuple(labels.shape)}."
         )
     return labels.reshape(-1)

@@ -77,14 +77,8 @@ def paired_measure_backward(
         if measure in DISTANCES:
             _pull_distances(x, ys, cross[:, rows, None], measure, eps, scratch, blocks)
         else:
-            _pull_products(
-                x,
-                ys,
-                cross[:, rows, None],
-                None if own is None else own[:, rows, None],
-                scratch if measure == "angle" else None,
-                blocks,
-            )
+            own_factors = None if own is None else own[:, rows, None]
+            _pull_products(x, ys, cross[:, rows, None], own_factors, scratch if measure == "angle" else None, blocks)
         for target, block in zip(targets, blocks, strict=True):
             if target is not None and block is not None and block is not target:
                 target.copy_(block)
@@ -106,13 +100,15 @@ def slopes(
     if measure == "squared_euclidean":
         return d_found * 2.0, None
     if measure == "euclidean":
-        return torch.where(found > 0.0, d_found / found, 0.0), None
+        return torch.where(found == 0.0, 0.0, d_found / found), None
     floor, below_has_gradient = NORM_CLAMPS[measure]
     clamped = norms.clamp_min(floor)
-    along = d_found * found
-    own = torch.cat([along.sum(dim=0, keepdim=True), along]).neg_().div_(clamped)
+    along = d_found * -found
+    if len(found) > 1:  # with one other matrix, a has as much of the gradient along its rows as that
+        along = torch.cat([along.sum(dim=0, keepdim=True), along])
     # the derivative of a norm is the row over the norm itself
-    own = torch.where(norms > 0.0 if below_has_gradient else norms >= floor, own / norms, 0.0)
+    has_gradient = norms != 0.0 if below_has_gradient else ~(norms < floor)
+    own = torch.where(has_gradient, along / clamped / norms, 0.0)
     return d_found / clamped[0] / clamped[1:], own
 
 
