@@ -44,21 +44,21 @@ class Prefixes:
         wanted: bool,  # whether the rows need a gradient
     ) -> Prefixes:
         """Cut the rows; memory: a copy of them, and as much for the gradient where it is wanted."""
-        columns = [slice(first, last) for first, last in zip((0, *dims), dims, strict=False)]
-        segments = [x[:, place].to(dtype).contiguous() for place in columns]
-        norms = torch.stack([torch.linalg.vector_norm(segment, dim=1) for segment in segments])
+        columns = segments(dims)
+        parts = [x[:, place].to(dtype).contiguous() for place in columns]
+        norms = torch.stack([torch.linalg.vector_norm(part, dim=1) for part in parts])
         norms = norms.square_().cumsum_(0).sqrt_()
         inverse = norms.clamp_min(NORM_FLOOR).reciprocal_()
         slope = torch.where(norms < NORM_FLOOR, 0.0, inverse.square())
         gradient = torch.zeros(x.shape, dtype=dtype, device=x.device) if wanted else None
-        return cls(segments, columns, inverse, slope, gradient, torch.zeros_like(inverse))
+        return cls(parts, columns, inverse, slope, gradient, torch.zeros_like(inverse))
 
     def head(self, rows: int) -> Prefixes:
         """The first rows alone, in the same memory."""
         gradient = self.gradient[:rows] if self.gradient is not None else None
-        segments = [segment[:rows] for segment in self.segments]
+        parts = [segment[:rows] for segment in self.segments]
         return Prefixes(
-            segments, self.columns, self.inverse[:, :rows], self.slope[:, :rows], gradient, self.along[:, :rows]
+            parts, self.columns, self.inverse[:, :rows], self.slope[:, :rows], gradient, self.along[:, :rows]
         )
 
     def finish(
@@ -74,3 +74,8 @@ class Prefixes:
         for segment, place, coefficient in zip(self.segments, self.columns, by_norm, strict=True):
             self.gradient[:, place].addcmul_(segment, coefficient[:, None], value=-1)
         return self.gradient.mul_(factor).to(dtype)
+
+
+def segments(dims: Sequence[int]) -> list[slice]:
+    """Where in a row stands what each width, in ascending order, adds to the one before it."""
+    return [slice(first, last) for first, last in zip((0, *dims), dims, strict=False)]
