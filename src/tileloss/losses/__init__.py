@@ -1,6 +1,7 @@
 """The loss classes, under sentence-transformers' names, module names and signatures."""
 
 from tileloss.losses.adaptive_layer import AdaptiveLayerLoss
+from tileloss.losses.angle import AnglELoss
 from tileloss.losses.batch_all_triplet import BatchAllTripletLoss
 from tileloss.losses.batch_hard_soft_margin_triplet import BatchHardSoftMarginTripletLoss
 from tileloss.losses.batch_hard_triplet import BatchHardTripletLoss, BatchHardTripletLossDistanceFunction
@@ -14,11 +15,13 @@ from tileloss.losses.contrastive_tension import (
     ContrastiveTensionLoss,
     ContrastiveTensionLossInBatchNegatives,
 )
+from tileloss.losses.cosent import CoSENTLoss
 from tileloss.losses.cosine_similarity import CosineSimilarityLoss
 from tileloss.losses.denoising_auto_encoder import DenoisingAutoEncoderLoss
 from tileloss.losses.distill_kl_div import DistillKLDivLoss
 from tileloss.losses.embed_distill import EmbedDistillLoss
 from tileloss.losses.gist_embed import GISTEmbedLoss
+from tileloss.losses.global_orthogonal_regularization import GlobalOrthogonalRegularizationLoss
 from tileloss.losses.margin_mse import MarginMSELoss
 from tileloss.losses.matryoshka import MatryoshkaLoss
 from tileloss.losses.matryoshka_2d import Matryoshka2dLoss
@@ -32,6 +35,7 @@ from tileloss.losses.triplet import TripletDistanceMetric, TripletLoss
 
 __all__ = [
     "AdaptiveLayerLoss",
+    "AnglELoss",
     "BatchAllTripletLoss",
     "BatchHardSoftMarginTripletLoss",
     "BatchHardTripletLoss",
@@ -40,6 +44,7 @@ __all__ = [
     "CachedGISTEmbedLoss",
     "CachedMultipleNegativesRankingLoss",
     "CachedMultipleNegativesSymmetricRankingLoss",
+    "CoSENTLoss",
     "ContrastiveLoss",
     "ContrastiveTensionDataLoader",
     "ContrastiveTensionLoss",
@@ -49,6 +54,7 @@ __all__ = [
     "DistillKLDivLoss",
     "EmbedDistillLoss",
     "GISTEmbedLoss",
+    "GlobalOrthogonalRegularizationLoss",
     "MSELoss",
     "MarginMSELoss",
     "Matryoshka2dLoss",

@@ -202,3 +202,36 @@ HADSELL_2006 = """
     doi={10.1109/CVPR.2006.100}
 }
 """
+
+HUANG_2024 = """
+@article{10531646,
+    author={Huang, Xiang and Peng, Hao and Zou, Dongcheng and Liu, Zhiwei and Li, Jianxin and Liu, Kay and Wu, Jia and Su, Jianlin and Yu, Philip S.},
+    journal={IEEE/ACM Transactions on Audio, Speech, and Language Processing},
+    title={CoSENT: Consistent Sentence Embedding via Similarity Ranking},
+    year={2024},
+    doi={10.1109/TASLP.2024.3402087}
+}
+"""  # noqa: E501
+
+LI_AOE_2024 = """
+@inproceedings{li-li-2024-aoe,
+    title = "{A}o{E}: Angle-optimized Embeddings for Semantic Textual Similarity",
+    author = "Li, Xianming and Li, Jing",
+    year = "2024",
+    publisher = "Association for Computational Linguistics",
+    url = "https://aclanthology.org/2024.acl-long.101/",
+    doi = "10.18653/v1/2024.acl-long.101"
+}
+"""
+
+ZHANG_2017 = """
+@misc{zhang2017learningspreadoutlocalfeature,
+      title={Learning Spread-out Local Feature Descriptors},
+      author={Xu Zhang and Felix X. Yu and Sanjiv Kumar and Shih-Fu Chang},
+      year={2017},
+      eprint={1708.06320},
+      archivePrefix={arXiv},
+      primaryClass={cs.CV},
+      url={https://arxiv.org/abs/1708.06320},
+}
+"""
