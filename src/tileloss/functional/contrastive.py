@@ -235,13 +235,14 @@ def _check_guide(guide: Guide, queries: Tensor, docs: Tensor, spec: ContrastiveS
         raise InputError("A guide has a threshold for each query and none for documents: leave out 'doc_to_query'.")
 
 
-def choose_backend(queries: Tensor, docs: Tensor, spec: ContrastiveSpec) -> str:
-    """The backend for a call that was checked."""
+def choose_backend(queries: Tensor, docs: Tensor, spec: ContrastiveSpec, similarities: int | None = None) -> str:
+    """The backend for a call that was checked; `similarities` is the size that counts, by default that of the call."""
     if len(queries) == 0:
         return "reference"  # whatever is asked for: without rows there are no blocks, and the definition says nan
     # of mixed inputs the wider one decides, for they are computed in its dtype
     widest = queries if queries.element_size() >= docs.element_size() else docs
-    return backend.choose(widest, len(queries) * len(docs), _obstacles(spec, queries, docs)).backend
+    similarities = len(queries) * len(docs) if similarities is None else similarities
+    return backend.choose(widest, similarities, _obstacles(spec, queries, docs)).backend
 
 
 def _obstacles(spec: ContrastiveSpec, queries: Tensor, docs: Tensor) -> dict[str, str]:

@@ -2,22 +2,26 @@
 
 Forward returns loss, statistics and the gradients that were asked for; backward scales them. When the backward is
 itself to be differentiated (`create_graph=True`), it runs through the materialised definition instead, whose graph
-autograd can follow. A similarity that is a Python function cannot be an operator's argument: it takes the same road as
-an `autograd.Function`.
+autograd can follow. A similarity that is a Python function cannot be an operator's argument, nor can the processes
+that a batch is spread over: these take the same road as an `autograd.Function`. All exchange between processes is in
+the forward. The backward is local, and takes it for granted that every process multiplies its loss by the same number.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tileloss import reference, tiled
+from tileloss.functional.contrastive_part import definition_of_part
 from tileloss.functional.second_derivative import gradients_by_definition
 from tileloss.guide import Guide
 from tileloss.spec import ContrastiveSpec
 from tileloss.tiled import Needs
+from tileloss.tiled.part import Part
 
 
 def block_loss(
@@ -29,13 +33,14 @@ def block_loss(
     mask: Tensor | None,  # (B, M)
     guide: Guide | None,
     backend: str,
+    part: Part | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss (0-dim) and statistics (3,) by the block algorithms of a backend, as a node of the autograd graph."""
     number, tensor = (0.0, scale) if isinstance(scale, Tensor) else (float(scale), None)
-    recording = torch.is_grad_enabled()
-    needs = [recording and x is not None and x.requires_grad for x in (queries, docs, tensor)]
-    if not isinstance(spec.similarity, str):
-        return _CallableLoss.apply(queries, docs, tensor, number, spec, doc_ids, mask, guide, needs)
+    needs = wanted(queries, docs, tensor)
+    if part is not None or not isinstance(spec.similarity, str):
+        passes = passes_of(backend)
+        return _UnregisteredLoss.apply(queries, docs, tensor, number, spec, doc_ids, mask, guide, needs, passes, part)
     guide_queries, guide_docs, margin, strategy = guide or (None, None, 0.0, "")
     loss, stats, *_ = _contrastive(
         queries, docs, tensor, doc_ids, mask, guide_queries, guide_docs, float(margin), strategy, number,
@@ -67,11 +72,10 @@ def _contrastive(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     spec = spec_of(similarity, directions, partition, hardness, hardness_strength)
     scale_ = scale if scale_tensor is None else scale_tensor
-    passes = tiled.Passes
-    if backend == "triton":
-        from tileloss.kernels import TritonPasses as passes
     guide = guide_of(guide_queries, guide_docs, guide_margin, guide_strategy)
-    result = tiled.contrastive_loss(queries, docs, scale_, spec, doc_ids, mask, Needs(*needs), guide, passes)
+    result = tiled.contrastive_loss(
+        queries, docs, scale_, spec, doc_ids, mask, Needs(*needs), guide, passes_of(backend)
+    )
     # an operator returns tensors only: a gradient that nobody asked for is an empty one
     d_queries, d_docs, d_scale = (queries.new_empty(0) if g is None else g for g in result[2:])
     if scale_tensor is not None:
@@ -106,15 +110,17 @@ def _backward(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Any, ...]:
 _contrastive.register_autograd(_backward, setup_context=_setup_context)
 
 
-class _CallableLoss(torch.autograd.Function):
-    """The same node for a similarity that is a row-wise Python function; always on the tiled backend."""
+class _UnregisteredLoss(torch.autograd.Function):
+    """The same node for a similarity that is a row-wise Python function, or for a part of a batch."""
 
     @staticmethod
-    def forward(ctx: Any, queries, docs, scale_tensor, scale, spec, doc_ids, mask, guide, needs):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, queries, docs, scale_tensor, scale, spec, doc_ids, mask, guide, needs, passes, part):  # type: ignore[no-untyped-def]
         ctx.scale, ctx.spec, ctx.needs, ctx.definition = scale, spec, needs, reference.contrastive_loss
+        if part is not None:
+            ctx.definition = functools.partial(definition_of_part, part=part)
         scale = scale if scale_tensor is None else scale_tensor
         loss, stats, *gradients = tiled.contrastive_loss(
-            queries, docs, scale, spec, doc_ids, mask, Needs(*needs), guide
+            queries, docs, scale, spec, doc_ids, mask, Needs(*needs), guide, passes, part
         )
         guide_queries, guide_docs, *ctx.guide_settings = guide or (None, None, 0.0, "")
         ctx.save_for_backward(queries, docs, scale_tensor, doc_ids, mask, guide_queries, guide_docs, *gradients)
@@ -123,7 +129,7 @@ class _CallableLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor, _: Any) -> tuple[Any, ...]:
-        return (*ready_gradients(ctx, d_loss), *[None] * 6)
+        return (*ready_gradients(ctx, d_loss), *[None] * 8)
 
 
 def ready_gradients(ctx: Any, d_loss: Tensor) -> list[Tensor | None]:
@@ -139,6 +145,21 @@ def ready_gradients(ctx: Any, d_loss: Tensor) -> list[Tensor | None]:
         return gradients_by_definition(definition, d_loss, (queries, docs, scale), ctx.needs)
     # out of place, so that a second backward over a retained graph gives the same numbers
     return [g * d_loss.to(g.dtype) if need else None for g, need in zip(found, ctx.needs, strict=True)]
+
+
+def wanted(*inputs: Tensor | float | None) -> list[bool]:
+    """Which of the inputs are to get a gradient."""
+    recording = torch.is_grad_enabled()
+    return [recording and isinstance(x, Tensor) and x.requires_grad for x in inputs]
+
+
+def passes_of(backend: str) -> type[tiled.Passes]:
+    """What a block goes through on the backend "tiled" or "triton"."""
+    if backend == "triton":
+        from tileloss.kernels import TritonPasses
+
+        return TritonPasses
+    return tiled.Passes
 
 
 def spec_of(similarity: str, directions: str, partition: str, hardness: str, strength: float) -> ContrastiveSpec:

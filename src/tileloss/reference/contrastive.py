@@ -27,8 +27,12 @@ def contrastive_loss(
     doc_ids: Tensor | None = None,  # (M,): documents of equal id are not negatives of each other's queries
     mask: Tensor | None = None,  # (B, M): true where document j is no negative of query i
     guide: Guide | None = None,
+    rows: slice | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The loss (0-dim) and its detached statistics (3,): accuracy, positive and hardest-negative similarity, as means.
+
+    With `rows`, those of some queries, whose candidates are still the texts of all; only with a guide are queries
+    compared with those of `rows` alone.
 
     Differentiable any number of times. Time O(B M D) per direction; memory several (B, M) matrices per direction.
     """
@@ -38,49 +42,61 @@ def contrastive_loss(
         return up(measure(a, b))  # the four known ones do so themselves, a caller's own may not
 
     size, positives = len(queries), docs[: len(queries)]
-    raw = similarity(queries, docs)
-    guided = guided_out(guide, size) if guide is not None else None
+    own_queries, own_positives = taken(queries, rows), taken(positives, rows)
+    target = taken(torch.arange(size, device=queries.device), rows)
+    raw = similarity(own_queries, docs)
+    guided = guided_out(guide, size, rows) if guide is not None else None
     if guided is not None:
-        mask = guided["query_to_doc"]
+        guided["query_to_doc"] = guided["query_to_doc"].scatter(1, target[:, None], False)
     masked = excluded(size, len(docs), doc_ids, mask, queries.device)
-    blocks = {"query_to_doc": raw * scale if not spec.weighs_hardness else raw * scale + hardness(raw, spec)}
-    if "query_to_query" in spec.directions:
-        own = torch.eye(size, dtype=torch.bool, device=queries.device) if guided is None else guided["query_to_query"]
+    logits = raw * scale
+    blocks = {"query_to_doc": logits + hardness(raw, size, spec, rows) if spec.weighs_hardness else logits}
+    if "query_to_query" in spec.directions and guided is not None:
+        blocks["query_to_query"] = similarity(own_queries, own_queries) * scale
+    elif "query_to_query" in spec.directions:
+        own = torch.eye(size, dtype=torch.bool, device=queries.device)
         own = own if doc_ids is None else own | same_id(doc_ids[:size], doc_ids[:size])
-        blocks["query_to_query"] = (similarity(queries, queries) * scale).masked_fill(own, NEG_INF)
+        blocks["query_to_query"] = (similarity(own_queries, queries) * scale).masked_fill(taken(own, rows), NEG_INF)
     if "doc_to_query" in spec.directions:
-        blocks["doc_to_query"] = similarity(queries, positives).T * scale
+        all_rows = rows is None and len(docs) == size
+        blocks["doc_to_query"] = logits.T if all_rows else similarity(queries, own_positives).T * scale
     if "doc_to_doc" in spec.directions and guided is not None:
-        alike = guided["doc_to_doc"]
-        blocks["doc_to_doc"] = (similarity(positives, positives) * scale).masked_fill(alike, NEG_INF)
+        blocks["doc_to_doc"] = similarity(own_positives, positives) * scale
     elif "doc_to_doc" in spec.directions:
         own = own_docs(size, len(docs), queries.device)
         own = own if doc_ids is None else own | same_id(doc_ids[:size], doc_ids)
-        blocks["doc_to_doc"] = (similarity(docs, positives).T * scale).masked_fill(own, NEG_INF)
+        blocks["doc_to_doc"] = (similarity(docs, own_positives).T * scale).masked_fill(taken(own, rows), NEG_INF)
     if masked is not None:
-        blocks["query_to_doc"] = blocks["query_to_doc"].masked_fill(masked, NEG_INF)
+        blocks["query_to_doc"] = blocks["query_to_doc"].masked_fill(taken(masked, rows), NEG_INF)
         if "doc_to_query" in blocks:
-            blocks["doc_to_query"] = blocks["doc_to_query"].masked_fill(masked[:, :size].T, NEG_INF)
+            blocks["doc_to_query"] = blocks["doc_to_query"].masked_fill(taken(masked[:, :size].T, rows), NEG_INF)
+    if guided is not None:
+        blocks = {direction: block.masked_fill(guided[direction], NEG_INF) for direction, block in blocks.items()}
 
     # in every softmax the positive of row i stands in column i, for query_to_doc comes first and doc_to_query alone
-    rows = list(blocks.values())
-    if spec.partition == "joint" and len(rows) > 1:
-        rows = [torch.cat(rows, dim=1)]
-    target = torch.arange(size, device=queries.device)
-    losses = [F.cross_entropy(row, target) for row in rows]
+    softmaxes = list(blocks.values())
+    if spec.partition == "joint" and len(softmaxes) > 1:
+        softmaxes = [torch.cat(softmaxes, dim=1)]
+    losses = [F.cross_entropy(softmax, target) for softmax in softmaxes]
     loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
-    return loss, statistics(raw.detach(), masked)
+    ruled_out = guided["query_to_doc"] if guided is not None else None if masked is None else taken(masked, rows)
+    return loss, statistics(raw.detach(), target, ruled_out)
 
 
-def guided_out(guide: Guide, size: int) -> dict[str, Tensor]:
-    """By direction the pairs (B, M) or (B, B) whose guide similarity exceeds the threshold of their row."""
-    queries, docs = guide.queries.detach(), guide.docs.detach()
+def taken(x: Tensor, rows: slice | None) -> Tensor:
+    """The rows of `x`, or all."""
+    return x if rows is None else x[rows]
+
+
+def guided_out(guide: Guide, size: int, rows: slice | None) -> dict[str, Tensor]:
+    """By direction the pairs of `rows` with candidates whose guide similarity exceeds the threshold of their row."""
+    queries, docs = taken(guide.queries.detach(), rows), guide.docs.detach()
     to_docs = torch_cosine(queries, docs)
-    threshold = thresholds(to_docs[:, :size].diagonal(), guide.margin, guide.strategy)[:, None]
+    threshold = thresholds(taken(to_docs[:, :size].T, rows).diagonal(), guide.margin, guide.strategy)[:, None]
     return {
         "query_to_doc": to_docs > threshold,
         "query_to_query": torch_cosine(queries, queries) > threshold,
-        "doc_to_doc": torch_cosine(docs[:size], docs[:size]) > threshold,
+        "doc_to_doc": torch_cosine(taken(docs[:size], rows), docs[:size]) > threshold,
     }
 
 
@@ -109,12 +125,14 @@ def excluded(size: int, docs: int, doc_ids: Tensor | None, mask: Tensor | None, 
 
 
 def hardness(
-    similarities: Tensor,  # (B, M)
+    similarities: Tensor,  # (R, M), of `rows` of the B queries
+    size: int,
     spec: ContrastiveSpec,
-) -> Tensor:  # (B, M)
+    rows: slice | None,
+) -> Tensor:  # (R, M)
     """The penalty on the chosen negatives: strength times their similarity, which carries no gradient and no scale."""
-    size, docs = similarities.shape
-    own = own_docs(size, docs, similarities.device)
+    docs = similarities.shape[1]
+    own = taken(own_docs(size, docs, similarities.device), rows)
     in_first_column = torch.arange(docs, device=similarities.device) < size
     chosen = {
         "in_batch_negatives": ~own,
@@ -125,13 +143,14 @@ def hardness(
 
 
 def statistics(
-    similarities: Tensor,  # (B, M), detached
-    masked: Tensor | None,  # (B, M)
+    similarities: Tensor,  # (R, M), detached
+    target: Tensor,  # (R,): where the positives are
+    masked: Tensor | None,  # (R, M)
 ) -> Tensor:  # (3,)
     """Share of queries whose positive beats every negative, mean positive and mean hardest-negative similarity."""
-    positive = similarities.diagonal()
+    positive = similarities.gather(1, target[:, None])[:, 0]
     if len(positive) == 0:
         return similarities.new_full((3,), float("nan"), dtype=torch.float32)
     negatives = similarities.clone() if masked is None else similarities.masked_fill(masked, NEG_INF)
-    hardest = negatives.fill_diagonal_(NEG_INF).amax(dim=1)
+    hardest = negatives.scatter_(1, target[:, None], NEG_INF).amax(dim=1)
     return torch.stack([positive > hardest, positive, hardest]).mean(dim=1).float()

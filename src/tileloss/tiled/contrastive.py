@@ -9,8 +9,8 @@ gradient of their logits in place, and multiplied back into the gradients of bot
   blocks (four GEMMs instead of six), and the symmetric matrices are walked over their upper triangle (two instead of
   three).
 
-The walks (`tiled/walk.py`) are the same on every device. What happens to a block between its GEMMs is the business of a
-`Passes` object, in PyTorch (`tiled/passes.py`) or in Triton (`tileloss.kernels.passes`). A batch that is spread over
+The walks (`tiled/walk.py`) are the same on every device. What happens to a block between its GEMMs is the business of
+a `Passes` object, in PyTorch (`tiled/passes.py`) or in Triton (`tileloss.kernels.passes`). A batch that is spread over
 processes has its columns gathered first, or sends them round (`tiled/ring.py`): the business of a `Part`.
 """
 

@@ -17,8 +17,8 @@ class GuideBlocks:
     """The unit rows of a guide and a threshold for each query; a block of its similarities costs one GEMM.
 
     Attributes:
-        thresholds: (B,) the guide similarity above which a pair is no negative of the query; minus infinity for queries
-            that are not walked here.
+        thresholds: (B,) the guide similarity above which a pair is no negative of the query; minus infinity for
+            queries that are not walked here.
     """
 
     def __init__(

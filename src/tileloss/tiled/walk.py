@@ -1,7 +1,7 @@
 """The walks over the blocks of the in-batch softmax loss: rows with their normalisers at hand, or statistics first.
 
-`tiled/contrastive.py` says when which is taken. What happens to a block between its GEMMs is the business of a `Passes`
-object; where the rows and columns of a batch are that is spread over processes, that of a `Part`.
+`tiled/contrastive.py` says when which is taken. What happens to a block between its GEMMs is the business of a
+`Passes` object; where the rows and columns of a batch are that is spread over processes, that of a `Part`.
 """
 
 from __future__ import annotations
