@@ -325,14 +325,6 @@ def test_hardness_without_strength_warns(caplog: pytest.LogCaptureFixture) -> No
     assert "hardness_strength=0.0" in caplog.text
 
 
-def test_gathering_in_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    loss = CachedMultipleNegativesRankingLoss(identity(), gather_across_devices=True)
-    with pytest.raises(NotImplementedError, match="with 2 processes"):
-        loss(vectors(5, 2))
-
-
 def test_the_symmetric_class_is_both_directions(backend: str) -> None:
     features = vectors(9, 3)
     with pytest.warns(DeprecationWarning, match='directions=\\("query_to_doc", "doc_to_query"\\)'):

@@ -16,7 +16,7 @@ import tileloss
 from tileloss import similarity as ours
 from tileloss.errors import InputError, ShapeError
 from tileloss.functional import ContrastiveStats, contrastive_loss
-from tileloss.losses import MultipleNegativesRankingLoss
+from tileloss.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
 from tileloss.spec import DIRECTIONS
 
 oracle = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
@@ -321,12 +321,12 @@ def test_gathering_in_one_process_changes_nothing(caplog: pytest.LogCaptureFixtu
     )
 
 
-def test_gathering_in_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    loss = MultipleNegativesRankingLoss(Identity(), gather_across_devices=True)
-    with pytest.raises(NotImplementedError, match="with 2 processes"):
-        loss.compute_loss_from_embeddings(columns(5, 0, 3))
+@pytest.mark.parametrize("loss", [MultipleNegativesRankingLoss, CachedMultipleNegativesRankingLoss])
+def test_only_a_way_to_gather_that_exists_is_taken(loss: type) -> None:
+    for given in (True, False, "auto", "gather", "ring"):
+        assert loss(Identity(), gather_across_devices=given).get_config_dict()["gather_across_devices"] == given
+    with pytest.raises(InputError, match=r"True, False or one of .* got 'star'"):
+        loss(Identity(), gather_across_devices="star")
 
 
 def test_replacing_an_attribute_counts_at_the_next_call(backend: str) -> None:

@@ -71,7 +71,7 @@ class CachedGISTEmbedLoss(GuidedLoss, GradCache):
         margin: float = 0.0,
         contrast_anchors: bool = True,
         contrast_positives: bool = True,
-        gather_across_devices: bool = False,
+        gather_across_devices: bool | str = False,
     ) -> None:
         if reads_static_embeddings(model):
             raise InputError(

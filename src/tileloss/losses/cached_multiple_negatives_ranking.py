@@ -75,7 +75,7 @@ class CachedMultipleNegativesRankingLoss(GradCache):
         similarity_fct: Callable[[Tensor, Tensor], Tensor] = cos_sim,
         mini_batch_size: int = 32,
         mini_batch_num_tokens: int | None = None,
-        gather_across_devices: bool = False,
+        gather_across_devices: bool | str = False,
         directions: Sequence[str] = ("query_to_doc",),
         partition_mode: str = "joint",
         show_progress_bar: bool = False,

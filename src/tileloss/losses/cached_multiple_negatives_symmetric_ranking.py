@@ -30,7 +30,7 @@ class CachedMultipleNegativesSymmetricRankingLoss(CachedMultipleNegativesRanking
         similarity_fct: Callable[[Tensor, Tensor], Tensor] = cos_sim,
         mini_batch_size: int = 32,
         mini_batch_num_tokens: int | None = None,
-        gather_across_devices: bool = False,
+        gather_across_devices: bool | str = False,
         show_progress_bar: bool = False,
     ) -> None:
         super().__init__(

@@ -36,7 +36,9 @@ class GISTEmbedLoss(GuidedLoss):
         margin: with 0.0 only pairs that the guide finds more similar than the positive are left out.
         contrast_anchors: whether other anchors are candidates too.
         contrast_positives: whether other positives are candidates of a positive's row too.
-        gather_across_devices: not available with several processes yet.
+        gather_across_devices: share candidates between the processes of a distributed run, but for the other
+            anchors, which stay those of the process; see `tileloss.distributed`. The columns are gathered, whether
+            "gather" or "ring" is asked for.
 
     Attributes:
         stats: `ContrastiveStats` of the last call, detached; None before the first.
@@ -58,7 +60,7 @@ class GISTEmbedLoss(GuidedLoss):
         margin: float = 0.0,
         contrast_anchors: bool = True,
         contrast_positives: bool = True,
-        gather_across_devices: bool = False,
+        gather_across_devices: bool | str = False,
     ) -> None:
         super().__init__(
             model,

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from tileloss.backend import say_once
+from tileloss.distributed import check_gather, is_distributed, loss_of_batch
 from tileloss.errors import InputError, ShapeError
 from tileloss.functional.contrastive import ContrastiveStats
 from tileloss.guide import STRATEGIES, Guide, thresholds
 from tileloss.losses.cross_entropy import is_plain
-from tileloss.losses.multiple_negatives_ranking import check_single_process
 from tileloss.losses.prefixes import Prefixes, in_batch_loss
 from tileloss.losses.retokenize import check_tokenizers, must_retokenize, retokenized
 from tileloss.losses.wrapping import replaced
@@ -38,13 +38,14 @@ class GuidedLoss(nn.Module):
         margin: float,
         contrast_anchors: bool,
         contrast_positives: bool,
-        gather_across_devices: bool,
+        gather_across_devices: bool | str,
     ) -> None:
         super().__init__()
         if margin_strategy not in STRATEGIES:
             raise InputError(f"margin_strategy must be 'absolute' or 'relative', got {margin_strategy!r}.")
         if not temperature > 0:
             raise InputError(f"temperature must be a positive number, got {temperature!r}.")
+        check_gather(gather_across_devices)
         check_tokenizers(model, guide)
         self.model = model
         self.guide = guide
@@ -71,32 +72,46 @@ class GuidedLoss(nn.Module):
         guide_embeddings: Sequence[Tensor],  # the same texts by the guide: (B, G) each
     ) -> Tensor:
         """The loss (0-dim), in the embeddings' dtype."""
-        if self.gather_across_devices:
-            check_single_process()
-        anchors, positives, *negatives = embeddings
-        if len(positives) != len(anchors):
-            raise ShapeError(f"There are {len(anchors)} anchors but {len(positives)} positives; each needs its own.")
-        if not self._is_stock():
+        gathers = bool(self.gather_across_devices)
+        if not self._is_stock() and not (gathers and is_distributed()):
             say_once(
                 f"{type(self).__name__} runs materialised: its similarity_fct or cross_entropy_loss was replaced."
             )
+            _check_positives(embeddings)
             return self._materialised(embeddings, guide_embeddings)
-        guide_anchors, guide_positives, *guide_negatives = guide_embeddings
-        loss, self.stats = in_batch_loss(
-            self._prefixes,
-            anchors,
-            torch.cat([positives, *negatives]) if negatives else positives,
-            "torch_cosine",
-            scale=1.0 / self.temperature,
-            directions=self._directions(),
-            exclude=Guide(
+
+        def inputs() -> dict[str, Any]:
+            return self._inputs(embeddings, guide_embeddings)
+
+        if gathers:
+            loss, self.stats = loss_of_batch(inputs, self.gather_across_devices)
+        else:
+            loss, self.stats = in_batch_loss(self._prefixes, **inputs())
+        return loss.to(embeddings[0].dtype)
+
+    def _inputs(self, embeddings: Sequence[Tensor], guide_embeddings: Sequence[Tensor]) -> dict[str, Any]:
+        """The arguments of `tileloss.functional.contrastive_loss`, the columns checked."""
+        if not self._is_stock():
+            raise InputError(
+                f"A {type(self).__name__} whose similarity_fct or cross_entropy_loss was replaced does not gather "
+                "across devices. Construct it with gather_across_devices=False, or leave both as they are."
+            )
+        _check_positives(embeddings)
+        anchors, *docs = embeddings
+        guide_anchors, *guide_docs = guide_embeddings
+        return {
+            "queries": anchors,
+            "docs": docs[0] if len(docs) == 1 else torch.cat(docs),
+            "similarity": "torch_cosine",
+            "scale": 1.0 / self.temperature,
+            "directions": self._directions(),
+            "exclude": Guide(
                 guide_anchors,
-                torch.cat([guide_positives, *guide_negatives]) if guide_negatives else guide_positives,
+                guide_docs[0] if len(guide_docs) == 1 else torch.cat(guide_docs),
                 self.margin,
                 self.margin_strategy,
             ),
-        )
-        return loss.to(anchors.dtype)
+        }
 
     def at_prefixes(self, prefixes: Prefixes) -> AbstractContextManager[None] | None:
         """A block in which a call is the weighted sum over widths; see `tileloss.losses.prefixes`."""
@@ -163,3 +178,9 @@ class GuidedLoss(nn.Module):
             "contrast_positives": self.contrast_positives,
             "gather_across_devices": self.gather_across_devices,
         }
+
+
+def _check_positives(embeddings: Sequence[Tensor]) -> None:
+    anchors, positives = embeddings[:2]
+    if len(positives) != len(anchors):
+        raise ShapeError(f"There are {len(anchors)} anchors but {len(positives)} positives; each needs its own.")

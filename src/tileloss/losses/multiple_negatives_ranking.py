@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from tileloss.distributed import check_gather, loss_of_batch
 from tileloss.errors import InputError, ShapeError
 from tileloss.functional import ContrastiveStats
 from tileloss.losses import citations
@@ -40,8 +40,8 @@ class MultipleNegativesRankingLoss(nn.Module):
         similarity_fct: one of `tileloss.similarity`'s functions, sentence-transformers' of the same name, or any
             callable (N, D), (M, D) -> (N, M). A callable of your own is materialised, unless `tileloss.rowwise`
             declares that it may run in row blocks.
-        gather_across_devices: share candidates between the processes of a distributed run. Only for one process so
-            far: with more, the call raises NotImplementedError.
+        gather_across_devices: share candidates between the processes of a distributed run; see
+            `tileloss.distributed`, which also says how. True leaves it to size; "gather" and "ring" ask for one way.
         directions: what a query's row of candidates holds: "query_to_doc" (always), "query_to_query", "doc_to_query",
             "doc_to_doc".
         partition_mode: "joint", one softmax over all directions, or "per_direction", one for each, averaged.
@@ -70,7 +70,7 @@ class MultipleNegativesRankingLoss(nn.Module):
         model: nn.Module,
         scale: float | Tensor = 20.0,
         similarity_fct: Callable[[Tensor, Tensor], Tensor] = cos_sim,
-        gather_across_devices: bool = False,
+        gather_across_devices: bool | str = False,
         directions: Sequence[str] = ("query_to_doc",),
         partition_mode: str = "joint",
         hardness_mode: str | None = None,
@@ -81,6 +81,7 @@ class MultipleNegativesRankingLoss(nn.Module):
         super().__init__()
         if not scale > 0:
             raise InputError(f"Scale must be a positive value. Got {scale!r}.")
+        check_gather(gather_across_devices)
         self.model = model
         self.scale = scale
         self.similarity_fct = similarity_fct
@@ -103,24 +104,28 @@ class MultipleNegativesRankingLoss(nn.Module):
 
     def compute_loss_from_embeddings(self, embeddings: Sequence[Tensor], labels: Tensor | None = None) -> Tensor:
         """The loss (0-dim) of embeddings (B, D) of each column, in the order query, positive, negatives."""
+        if self.gather_across_devices:
+            loss, self.stats = loss_of_batch(lambda: self._inputs(embeddings, labels), self.gather_across_devices)
+        else:
+            loss, self.stats = in_batch_loss(self._prefixes, **self._inputs(embeddings, labels))
+        return loss
+
+    def _inputs(self, embeddings: Sequence[Tensor], labels: Tensor | None) -> dict[str, Any]:
+        """The arguments of `tileloss.functional.contrastive_loss`, the columns checked."""
         if len(embeddings) < 2:
             raise ShapeError(f"Expected at least 2 embeddings, got {len(embeddings)}: a query and a positive column.")
-        if self.gather_across_devices:
-            check_single_process()
         queries, *docs = embeddings
         self._check_columns(queries, docs)
-        loss, self.stats = in_batch_loss(
-            self._prefixes,
-            queries,
-            docs[0] if len(docs) == 1 else torch.cat(docs),
-            self.similarity_fct,
-            scale=self.scale,
-            directions=self.directions,
-            partition=self.partition_mode,
-            hardness=(self.hardness_mode, self.hardness_strength),
-            exclude=self._ids(labels, len(queries)) if self.exclude_same_label else None,
-        )
-        return loss
+        return {
+            "queries": queries,
+            "docs": docs[0] if len(docs) == 1 else torch.cat(docs),
+            "similarity": self.similarity_fct,
+            "scale": self.scale,
+            "directions": self.directions,
+            "partition": self.partition_mode,
+            "hardness": (self.hardness_mode, self.hardness_strength),
+            "exclude": self._ids(labels, len(queries)) if self.exclude_same_label else None,
+        }
 
     def at_prefixes(self, prefixes: Prefixes) -> AbstractContextManager[None] | None:
         """A block in which a call is the weighted sum over widths; see `tileloss.losses.prefixes`."""
@@ -176,14 +181,3 @@ class MultipleNegativesRankingLoss(nn.Module):
         if set(self.directions) == {"query_to_doc", "doc_to_query"} and self.partition_mode == "per_direction":
             return citations.GUENTHER_2024
         return citations.OORD_2019
-
-
-def check_single_process() -> None:
-    """Gathering changes nothing in one process, and is refused, rather than left out silently, in several."""
-    if not (dist.is_available() and dist.is_initialized()):
-        logger.warning("gather_across_devices=True without an initialised process group: the local batch is used.")
-    elif dist.get_world_size() > 1:
-        raise NotImplementedError(
-            f"gather_across_devices=True is not available with {dist.get_world_size()} processes yet. Train with "
-            "gather_across_devices=False, which uses each process's own batch."
-        )

@@ -28,7 +28,7 @@ class MultipleNegativesSymmetricRankingLoss(MultipleNegativesRankingLoss):
         model: nn.Module,
         scale: float | Tensor = 20.0,
         similarity_fct: Callable[[Tensor, Tensor], Tensor] = cos_sim,
-        gather_across_devices: bool = False,
+        gather_across_devices: bool | str = False,
     ) -> None:
         super().__init__(
             model=model,
