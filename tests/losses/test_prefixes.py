@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tileloss import losses, similarity
+from tileloss import losses, paired, similarity
 from tileloss.losses import MatryoshkaLoss, prefixes
 
 oracle = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
@@ -83,6 +83,20 @@ def assert_same(found: list[Tensor], expected: list[Tensor], rtol: float = 1e-9)
 
 
 @pytest.fixture
+def cosines(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The widths at which paired cosines were asked for, call by call."""
+    asked: list[list[int]] = []
+    fused = prefixes.prefix_cosines
+
+    def counting(a: Tensor, b: Tensor, dims: list[int]) -> Tensor:
+        asked.append(dims)
+        return fused(a, b, dims)
+
+    monkeypatch.setattr(prefixes, "prefix_cosines", counting)
+    return asked
+
+
+@pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[dict[int, float]]:
     """What the fused function was asked for, call by call."""
     asked: list[dict[int, float]] = []
@@ -148,6 +162,28 @@ def test_ids_exclude_at_every_width(passes: list[dict[int, float]], backend: str
     assert len(passes) == 2
 
 
+PAIRED = {
+    "ranked cosines": lambda model: losses.CoSENTLoss(model),
+    "ranked products, which are cosines then": lambda model: losses.CoSENTLoss(model, 3.0, paired.pairwise_dot_score),
+    "cosines": lambda model: losses.CosineSimilarityLoss(model),
+    "transformed cosines": lambda model: losses.CosineSimilarityLoss(model, nn.L1Loss(), torch.sigmoid),
+}
+
+
+@pytest.mark.parametrize("name", PAIRED)
+def test_paired_cosines_of_all_widths_take_one_pass(name: str, cosines: list[list[int]], backend: str) -> None:
+    model, given, labels = Given(), features(), torch.linspace(-1, 1, 11, dtype=torch.double)
+    inner = PAIRED[name](model)
+    found = outcome(MatryoshkaLoss(model, inner, list(WEIGHTS), list(WEIGHTS.values())), given, labels)
+    assert cosines == [list(WEIGHTS)]
+    if "products" in name:  # of unit rows
+        inner.similarity_fct = paired.pairwise_cos_sim
+    assert_same(found, each_width(inner, given, labels), 1e-8)
+    message = "Dimension 17 in matryoshka_dims cannot be greater than the model's embedding dimension: 16"
+    with inner.at_prefixes({17: 1.0}), pytest.raises(ValueError, match=message):
+        inner([dict(x) for x in given], labels)
+
+
 class Elsewhere(losses.MultipleNegativesRankingLoss):
     """A user's own: what it does to embeddings cannot be known."""
 
@@ -191,24 +227,30 @@ NOT_FUSED = {
     )(model),
     "a similarity of the user's": ranking(similarity_fct=shift),
     "a gathered batch": ranking(gather_across_devices=True),
+    "ranked distances": lambda model: losses.CoSENTLoss(model, 3.0, paired.pairwise_euclidean_sim),
+    "angles": losses.AnglELoss,
     "mega-batch": lambda model: losses.MegaBatchMarginLoss(model, use_mini_batched_version=False),
     "cached mega-batch": lambda model: losses.MegaBatchMarginLoss(model, **CACHED),
 }
 
 
 @pytest.mark.parametrize("name", NOT_FUSED)
-def test_other_losses_are_called_for_each_width(name: str, passes: list[dict[int, float]]) -> None:
+def test_other_losses_are_called_for_each_width(
+    name: str, passes: list[dict[int, float]], cosines: list[list[int]]
+) -> None:
     model, given = Given(), features()
     inner = NOT_FUSED[name](model)
-    found = outcome(MatryoshkaLoss(model, inner, list(WEIGHTS), list(WEIGHTS.values())), given)
+    labels = torch.linspace(-1, 1, 11, dtype=torch.double)
+    found = outcome(MatryoshkaLoss(model, inner, list(WEIGHTS), list(WEIGHTS.values())), given, labels)
     assert not passes
+    assert not cosines
     unit = Given()
     unit.forward = lambda features: {"sentence_embedding": nn.functional.normalize(features["sentence_embedding"])}
     inner.model = unit
     for child in inner.children():
         if hasattr(child, "model"):
             child.model = unit
-    assert_same(found, each_width(inner, given))
+    assert_same(found, each_width(inner, given, labels))
 
 
 def test_a_guide_that_is_the_model_is_cut_with_it(passes: list[dict[int, float]]) -> None:

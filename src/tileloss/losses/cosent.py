@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
 
 from tileloss.errors import ShapeError
-from tileloss.functional import paired_similarity, ranking_loss
+from tileloss.functional import ranking_loss
 from tileloss.losses import citations
 from tileloss.losses.columns import embed_columns, expect_columns
 from tileloss.losses.labels import one_label_each
+from tileloss.losses.prefixes import PRODUCTS, Prefixes, paired_loss
+from tileloss.losses.wrapping import replaced
 from tileloss.paired import PAIRED, pairwise_cos_sim, recognise_paired
 from tileloss.similarity import SimilarityFn, similarity_fct_name, up
 
@@ -46,6 +49,8 @@ class CoSENTLoss(nn.Module):
     >>> loss([first_features, second_features], torch.tensor([0.9, 0.1])).backward()  # doctest: +SKIP
     """
 
+    _prefixes: Prefixes | None = None
+
     def __init__(self, model: nn.Module, scale: float = 20.0, similarity_fct: SimilarityFn = pairwise_cos_sim) -> None:
         super().__init__()
         self.model = model
@@ -65,8 +70,13 @@ class CoSENTLoss(nn.Module):
         labels = one_label_each(self, labels, first, "the similarity")
         known = recognise_paired(self.similarity_fct)
         if isinstance(known, str):
-            return self._ranked(paired_similarity(first, second, similarity=known), labels)
+            return paired_loss(self._prefixes, first, second, known, lambda scores: self._ranked(scores, labels))
         return self._ranked(known(first, second), labels)
+
+    def at_prefixes(self, prefixes: Prefixes) -> AbstractContextManager[None] | None:
+        """A block in which a call is the weighted sum over widths; see `tileloss.losses.prefixes`."""
+        cosine = recognise_paired(self.similarity_fct) in PRODUCTS
+        return replaced(self, "_prefixes", prefixes) if cosine else None
 
     def _ranked(
         self,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
 
-from tileloss.functional import paired_similarity
 from tileloss.losses.columns import embed_columns, expect_columns
 from tileloss.losses.labels import one_label_each
+from tileloss.losses.prefixes import Prefixes, paired_loss
+from tileloss.losses.wrapping import replaced
 
 
 class CosineSimilarityLoss(nn.Module):
@@ -38,6 +40,8 @@ class CosineSimilarityLoss(nn.Module):
     >>> loss([first_features, second_features], torch.tensor([0.9, 0.1])).backward()  # doctest: +SKIP
     """
 
+    _prefixes: Prefixes | None = None
+
     def __init__(
         self,
         model: nn.Module,
@@ -60,8 +64,15 @@ class CosineSimilarityLoss(nn.Module):
         expect_columns(self, embeddings, ("text", "text"), more=True)
         first, second = embeddings[:2]
         targets = one_label_each(self, labels, first, "the similarity")
-        cosines = paired_similarity(first, second, similarity="torch_cosine")
-        return self.loss_fct(self.cos_score_transformation(cosines), targets.float())
+
+        def compared(cosines: Tensor) -> Tensor:
+            return self.loss_fct(self.cos_score_transformation(cosines), targets.float())
+
+        return paired_loss(self._prefixes, first, second, "torch_cosine", compared)
+
+    def at_prefixes(self, prefixes: Prefixes) -> AbstractContextManager[None]:
+        """A block in which a call is the weighted sum over widths; see `tileloss.losses.prefixes`."""
+        return replaced(self, "_prefixes", prefixes)
 
     def get_config_dict(self) -> dict[str, Any]:
         """The settings, as a model card shows them; keys and values are sentence-transformers'."""

@@ -6,7 +6,7 @@ None where its settings leave no way but one call for each width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,7 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tileloss.errors import ShapeError
-from tileloss.functional import ContrastiveStats, contrastive_loss_with_stats, matryoshka_contrastive_loss_with_stats
+from tileloss.functional import (
+    ContrastiveStats,
+    contrastive_loss_with_stats,
+    matryoshka_contrastive_loss_with_stats,
+    paired_similarity,
+    prefix_cosines,
+)
 from tileloss.similarity import SimilarityFn, recognise
 
 Prefixes = Mapping[int, float]  # width -> weight
@@ -58,7 +64,26 @@ def in_batch_loss(
         dim: contrastive_loss_with_stats(shrink(queries, dim), shrink(docs, dim), similarity=similarity, **objective)
         for dim in prefixes
     }
-    return torch.stack([weight * found[dim][0] for dim, weight in prefixes.items()]).sum(), found[smallest][1]
+    return _weighted(prefixes, [loss for loss, _ in found.values()]), found[smallest][1]
+
+
+def paired_loss(
+    prefixes: Prefixes | None,
+    first: Tensor,  # (B, D)
+    second: Tensor,  # (B, D)
+    similarity: str,
+    loss: Callable[[Tensor], Tensor],  # (B,) -> 0-dim
+) -> Tensor:
+    """`loss` of the similarities of paired rows, or its weighted sum over their cosines at prefixes."""
+    if prefixes is None:
+        return loss(paired_similarity(first, second, similarity=similarity))
+    check_width(max(prefixes), first)
+    cosines = prefix_cosines(first, second, list(prefixes))
+    return _weighted(prefixes, [loss(column) for column in cosines.unbind(1)])
+
+
+def _weighted(prefixes: Prefixes, losses: Sequence[Tensor]) -> Tensor:
+    return torch.stack([weight * loss for weight, loss in zip(prefixes.values(), losses, strict=True)]).sum()
 
 
 def shrink(
