@@ -1,0 +1,56 @@
+"""Settings, attributes and citations as model cards, callbacks and scripts read them."""
+
+import re
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from tileloss import losses
+
+WITHOUT_CITATION = {"CosineSimilarityLoss", "OnlineContrastiveLoss", "CachedGISTEmbedLoss"}
+
+
+def _comparable(value: Any) -> Any:
+    """Functions by name and modules by class, because each library has its own."""
+    if isinstance(value, nn.Module):
+        return type(value).__name__
+    if callable(value):
+        name = getattr(value, "__name__", type(value).__name__)
+        return None if name == "<lambda>" else name  # a distance of a list, which the configuration names
+    return value
+
+
+def test_the_configuration_has_the_same_keys_and_values_in_the_same_order(
+    name: str, stock: ModuleType, make: Callable[..., Any]
+) -> None:
+    theirs, ours = (make(package, name).get_config_dict() for package in (stock, losses))
+    assert [(key, _comparable(value)) for key, value in ours.items()] == [
+        (key, _comparable(value)) for key, value in theirs.items()
+    ]
+
+
+def test_citations_are_of_the_same_papers(name: str, stock: ModuleType, make: Callable[..., Any]) -> None:
+    theirs, ours = make(stock, name), make(losses, name)
+    assert hasattr(ours, "citation") == hasattr(theirs, "citation") == (name not in WITHOUT_CITATION)
+    if name not in WITHOUT_CITATION:
+        keys = [re.findall(r"@\w+\{([^,]+),", loss.citation) for loss in (theirs, ours)]
+        assert keys[0] == keys[1] != []
+
+
+def test_attributes_have_the_same_names_and_values(name: str, stock: ModuleType, make: Callable[..., Any]) -> None:
+    theirs, ours = make(stock, name), make(losses, name)
+    own = set(vars(nn.Module()))
+    public = [key for key in {**vars(theirs), **theirs._modules} if key not in own and not key.startswith("_")]
+    for key in (key for key in public if key not in ("forward", "calculate_loss")):
+        expected, found = getattr(theirs, key), getattr(ours, key)
+        if not hasattr(expected, "get_vocab") and _comparable(expected) is not None:  # no tokenizer
+            assert _comparable(found) == _comparable(expected), key
+    assert {key for key, _ in theirs.named_parameters()} == {key for key, _ in ours.named_parameters()}
+    assert theirs.state_dict().keys() == ours.state_dict().keys()
+
+
+def test_temperatures_are_the_same(name: str, stock: ModuleType, make: Callable[..., Any]) -> None:
+    theirs, ours = make(stock, name), make(losses, name)
+    assert getattr(ours, "temperature", None) == getattr(theirs, "temperature", None)
