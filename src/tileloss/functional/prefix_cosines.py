@@ -68,7 +68,7 @@ def prefix_cosines(
     a, b = (x if x.layout == torch.strided else x.to_dense() for x in (a, b))
     # of mixed inputs the wider one decides, for they are computed in its dtype
     widest = a if a.element_size() >= b.element_size() else b
-    chosen = backend.choose(widest, a.numel()).backend
+    chosen = backend.choose(widest).backend  # whatever the size: even of a few rows, one read is faster than K
     if chosen == "reference":
         with full_precision(a.device.type):
             return definition(a, b, given)
