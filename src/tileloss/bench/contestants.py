@@ -98,10 +98,30 @@ def _of_library(losses: ModuleType, workload: Workload) -> Loss:
     if workload.guided:
         guided = loss_class(Given("sentence_embedding"), Given("guide_embedding"), **workload.options)
         return lambda columns: guided(workload.features(columns), None)
+    if workload.width_option is not None:
+        return _with_a_layer(loss_class, workload, workload.width_option)
     loss = loss_class(nn.Identity(), **workload.options)
     if not hasattr(loss, "compute_loss_from_embeddings"):
         return lambda columns: loss(workload.features(columns), workload.labels(columns))
-    return lambda columns: loss.compute_loss_from_embeddings(columns, workload.labels(columns))  # type: ignore[operator]
+    of_embeddings: Callable[..., Tensor | dict[str, Tensor]] = loss.compute_loss_from_embeddings  # type: ignore[assignment]
+    return lambda columns: _summed(of_embeddings(columns, workload.labels(columns)))
+
+
+def _summed(found: Tensor | dict[str, Tensor]) -> Tensor:
+    """One number for a loss that gives its terms by name, as trainers make it."""
+    return torch.stack(list(found.values())).sum() if isinstance(found, dict) else found
+
+
+def _with_a_layer(loss_class: type[nn.Module], workload: Workload, width_option: str) -> Loss:
+    @functools.cache
+    def loss(width: int) -> nn.Module:
+        return loss_class(Given("sentence_embedding"), **{width_option: width}, **workload.options)
+
+    def run(columns: list[Tensor]) -> Tensor:
+        sized = loss(columns[0].shape[1]).to(columns[0])
+        return sized(workload.features(columns), workload.labels(columns))
+
+    return run
 
 
 def _at_prefixes(outer: type[nn.Module], inner: type[nn.Module], workload: Workload) -> Loss:

@@ -56,6 +56,7 @@ class Workload:
         columns: how many (B, D) embedding matrices the loss takes: queries, positives, then hard negatives.
         per_class: how many rows carry each label, for losses of classes; None for those without.
         targets: makes the labels of any other loss from the columns; it must give the same ones at every call.
+        width_option: the constructor's keyword for the width of the embeddings, of a loss with a layer over them.
         guided: whether the loss takes a guide's embeddings beside the model's, and so a guide in its constructor.
         prefixes: shares of the embeddings' width at which a MatryoshkaLoss has the loss computed; none: no such loss.
         matrices: how many B x M matrices a materialised form holds at once: a guess, used until it is measured.
@@ -68,13 +69,14 @@ class Workload:
     options: Mapping[str, Any] = field(default_factory=dict)
     columns: int = 2
     per_class: int | None = None
-    targets: Callable[[Sequence[Tensor]], Tensor] | None = None
+    targets: Callable[[Sequence[Tensor]], Any] | None = None
+    width_option: str | None = None
     guided: bool = False
     prefixes: Sequence[float] = ()
     matrices: int = 5
     plain: Callable[[Sequence[Tensor]], Tensor] | None = None
 
-    def labels(self, columns: Sequence[Tensor]) -> Tensor | None:
+    def labels(self, columns: Sequence[Tensor]) -> Any:
         """What the loss is given beside the columns, made once: classes in turn (B,), `targets`, or None."""
         if self.per_class is not None:
             return _classes(len(columns[0]), self.per_class, columns[0].device)
@@ -100,6 +102,7 @@ class Given(nn.Module):
     """A model whose embeddings come with the features; with a tokenizer, which guided losses ask for."""
 
     max_seq_length = 512
+    device = None  # a layer that a loss adds is made on the default device, and moved
 
     def __init__(self, key: str) -> None:
         from tokenizers import Tokenizer
@@ -131,7 +134,7 @@ def _classes(batch: int, per_class: int, device: torch.device) -> Tensor:
 
 
 @functools.lru_cache(maxsize=1)
-def _targets(make: Callable[[Sequence[Tensor]], Tensor], columns: tuple[Tensor, ...]) -> Tensor:
+def _targets(make: Callable[[Sequence[Tensor]], Any], columns: tuple[Tensor, ...]) -> Any:
     return make(columns)
 
 
@@ -145,6 +148,25 @@ def binary(columns: Sequence[Tensor]) -> Tensor:
     return _generated(
         columns, lambda generator, like: torch.randint(2, (len(like),), device=like.device, generator=generator)
     )
+
+
+def thirds(columns: Sequence[Tensor]) -> Tensor:
+    """One of three classes for each row (B,)."""
+    return torch.arange(len(columns[0]), device=columns[0].device) % 3
+
+
+def scores(columns: Sequence[Tensor]) -> Tensor:
+    """A teacher's score of each document of a query (B, N)."""
+    docs = len(columns) - 1
+    return _generated(
+        columns, lambda generator, like: torch.rand(len(like), docs, device=like.device, generator=generator)
+    )
+
+
+def teacher(columns: Sequence[Tensor]) -> list[Tensor]:
+    """A teacher's embeddings for each column, (B, D) each."""
+    generator = torch.Generator(columns[0].device).manual_seed(2)
+    return [torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator) for x in columns]
 
 
 def _generated(columns: Sequence[Tensor], make: Callable[[torch.Generator, Tensor], Tensor]) -> Tensor:
@@ -211,11 +233,55 @@ WORKLOADS = {
         ),
         Workload("gist", "guided in-batch negatives", "GISTEmbedLoss", guided=True, matrices=6),
         Workload(
+            "tension_in_batch",
+            "contrastive tension with in-batch negatives",
+            "ContrastiveTensionLossInBatchNegatives",
+            columns=1,
+        ),
+        Workload("tension", "contrastive tension", "ContrastiveTensionLoss", targets=binary, matrices=0),
+        Workload(
             "mega_batch",
             "mega-batch margin",
             "MegaBatchMarginLoss",
             options={"use_mini_batched_version": False},
             matrices=3,
+        ),
+        Workload("cosent", "graded pairs, in order", "CoSENTLoss", targets=uniform, matrices=0),
+        Workload("angle", "graded pairs, in order by angles", "AnglELoss", targets=uniform, matrices=0),
+        Workload(
+            "orthogonal",
+            "two columns spread out",
+            "GlobalOrthogonalRegularizationLoss",
+            matrices=6,
+        ),
+        Workload(
+            "margin_mse", "a teacher's margin of one negative", "MarginMSELoss", columns=3, targets=uniform, matrices=0
+        ),
+        Workload(
+            "distill_kl_div",
+            "a teacher's softmax over four documents",
+            "DistillKLDivLoss",
+            columns=5,
+            targets=scores,
+            matrices=0,
+        ),
+        Workload(
+            "embed_distill",
+            "a teacher's embeddings, by cosine",
+            "EmbedDistillLoss",
+            columns=1,
+            targets=teacher,
+            matrices=0,
+        ),
+        Workload("mse", "a teacher's embeddings, squared error", "MSELoss", columns=1, targets=teacher, matrices=0),
+        Workload(
+            "softmax",
+            "a classifier of pairs, three classes",
+            "SoftmaxLoss",
+            options={"num_labels": 3},
+            targets=thirds,
+            width_option="embedding_dimension",
+            matrices=0,
         ),
     )
 }
