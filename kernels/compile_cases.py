@@ -18,13 +18,16 @@ from tileloss.kernels.chosen_pairs import pull_pairs
 from tileloss.kernels.hardest import TritonHardest
 from tileloss.kernels.launch import Launch, recorded
 from tileloss.kernels.mining import TritonMining
+from tileloss.kernels.pairs import paired_measure, paired_measure_backward
 from tileloss.kernels.pairwise import pairwise_matrix
 from tileloss.kernels.pairwise_backward import pairwise_matrix_backward
 from tileloss.kernels.passes import TritonPasses
 from tileloss.kernels.triplet_masks import triplet_masks
 from tileloss.metrics import METRICS
+from tileloss.paired import DISTANCES
 from tileloss.spec import ContrastiveSpec
 from tileloss.tiled.mining import Classes, MiningProblem
+from tileloss.tiled.pairs import NORM_CLAMPS
 from tileloss.tiled.passes import Problem
 from tileloss.tiled.tile import Tile
 
@@ -68,7 +71,14 @@ def record_cases(gpu: Gpu) -> Iterator[tuple[str, Launch]]:
 
     The name of a case says "default" where all configurations of a kernel are to be compiled, not the first one alone.
     """
-    for primitive in (contrastive_cases, hardest_cases, pairwise_cases, triplet_masks_cases, triplet_cases):
+    for primitive in (
+        contrastive_cases,
+        hardest_cases,
+        pairs_cases,
+        pairwise_cases,
+        triplet_masks_cases,
+        triplet_cases,
+    ):
         yield from primitive(gpu)
 
 
@@ -137,6 +147,18 @@ def hardest_cases(gpu: Gpu) -> Iterator[tuple[str, Launch]]:
         with recorded(gpu.shared_memory) as launches:
             pull_pairs(weights, partners, queries, docs, *sums, norms=True)
         yield from ((f"{name}, norms", found) for found in launches)
+
+
+def pairs_cases(gpu: Gpu) -> Iterator[tuple[str, Launch]]:
+    """Every measure of pairs there and back, with three others: two in a launch, and one that is added."""
+    all_measures = (*DISTANCES, "dot", *NORM_CLAMPS)
+    for name, dtype, measures in (("float32", torch.float32, all_measures), ("bfloat16", torch.bfloat16, ("angle",))):
+        a, *others = (torch.empty(SIZE, WIDTH, dtype=dtype, device="meta") for _ in range(4))
+        for measure in measures:
+            with recorded(gpu.shared_memory) as launches:
+                found, norms = paired_measure(a, others, measure, 1e-6)
+                paired_measure_backward(found, a, others, found, norms, measure, 1e-6, [True] * 4)
+            yield from ((f"{name}, {measure}", launch) for launch in launches)
 
 
 def pairwise_cases(gpu: Gpu) -> Iterator[tuple[str, Launch]]:
