@@ -290,6 +290,18 @@ def test_the_distance_and_the_margin_of_a_labelled_loss_can_be_set():
     assert (loss.distance_metric, loss.triplet_margin) == (functions.euclidean_distance, 5)
 
 
+def test_a_loss_around_another_takes_it_by_name():
+    encoder = nn.Identity()
+    encoder.get_embedding_dimension = lambda: 8
+    options = {"loss": "multiple_negatives_ranking", "matryoshka_dims": [8, 4], "n_dims_per_step": 1}
+    loss = make_loss("matryoshka", json.dumps(options), encoder)
+    assert isinstance(loss.loss, MultipleNegativesRankingLoss)
+    assert (loss.loss.model, loss.matryoshka_dims, loss.n_dims_per_step) == (encoder, (8, 4), 1)
+    for wrong, message in (({"loss": "unknown"}, "no such loss"), ({"matryoshka_dims": [9]}, "cannot exceed")):
+        with pytest.raises(InputError, match=message):
+            make_loss("matryoshka", json.dumps(options | wrong), encoder)
+
+
 def test_an_argument_without_a_default_is_asked_for(monkeypatch):
     class NeedyLoss(nn.Module):
         def __init__(self, model, guide):

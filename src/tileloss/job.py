@@ -161,7 +161,8 @@ def make_loss(
     """The loss called `name`, around `model`, with the arguments in the JSON object `options`.
 
     Similarities are given by name ("cosine", "dot", "euclidean", "manhattan"), and so are the distances of losses that
-    learn from labels ("euclidean", "cosine"). `margin` and `distance` are arguments too, where they are not None.
+    learn from labels ("euclidean", "cosine"), and the loss that another one is put around. `margin` and `distance` are
+    arguments too, where they are not None.
 
     Raises:
         InputError: for an unknown loss or argument, one that is missing or given twice, or options that are no JSON
@@ -184,6 +185,8 @@ def make_loss(
     needed = [key for key, value in parameters.items() if value.default is value.empty and key not in arguments]
     if needed:
         raise InputError(f"--loss {name} needs {needed[0]!r}: give it in --loss_options, or train from Python.")
+    if isinstance(inner := arguments.get("loss"), str):
+        arguments["loss"] = make_loss(inner, "{}", model)
     return kind(model, **(arguments | _named_functions(kind.__name__, arguments)))
 
 
