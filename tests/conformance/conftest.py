@@ -135,6 +135,13 @@ def make(tiny_encoder: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.fixture
+def model_of() -> Callable[[Any], Any]:
+    """The model that a loss trains, by whichever name it holds it."""
+    names = ("model", "sentence_embedder", "model2", "encoder")
+    return lambda loss: next(getattr(loss, name) for name in names if hasattr(loss, name))
+
+
+@pytest.fixture
 def batch(texts: Callable[..., list[str]]) -> Callable[..., tuple[list[dict[str, Any]], Tensor | None]]:
     """Makes the feature dicts and the labels of a batch for a loss, new ones every time."""
 
