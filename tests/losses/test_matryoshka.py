@@ -348,6 +348,20 @@ def test_copies_and_pickles(kind: str) -> None:
         assert torch.equal(twin(features), value)
 
 
+def test_a_compiled_model_is_cut_too(tiny_encoder: Callable[[], Any]) -> None:
+    """As a trainer puts it into the losses after they were made."""
+    results = []
+    for compiled in (False, True):
+        model = tiny_encoder().double().eval()
+        features = [model.preprocess([f"w{i} w{i + column}" for i in range(7)]) for column in range(3)]
+        loss = MatryoshkaLoss(model, losses.TripletLoss(model), DIMS, WEIGHTS)
+        if compiled:
+            loss.model = loss.loss.model = torch.compile(model, backend="eager")
+        results.append(step(loss, features, list(model.parameters())))
+        assert "forward" not in vars(model)
+    assert_same(*results)
+
+
 def test_the_model_of_the_moment_is_used() -> None:
     """A trainer puts a wrapped model into the losses after they were made."""
 
