@@ -62,10 +62,14 @@ class Inputs(NamedTuple):
 def inputs(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Inputs:
     """The same numbers in every dtype and on every device; queries and docs require gradients."""
     generator = torch.Generator().manual_seed(0)
-    queries, noise = torch.randn(2, rows, width, generator=generator).unbind()
-    leaves = [x.to(device, dtype).requires_grad_() for x in (queries, 0.3 * queries + noise)]
-    grades = torch.rand(rows, generator=generator).to(device, dtype)
-    return Inputs(*leaves, labels=torch.arange(rows, device=device) % max(rows // 8, 2), grades=grades)
+    queries, noise = torch.randn(2, rows, width, generator=generator)
+    docs = 0.3 * queries + noise
+    return Inputs(
+        queries=queries.to(device, dtype).requires_grad_(),
+        docs=docs.to(device, dtype).requires_grad_(),
+        labels=torch.arange(rows, device=device) % max(rows // 8, 2),
+        grades=torch.rand(rows, generator=generator).to(device, dtype),
+    )
 
 
 # every public function, in its variants: "name" or "name, variant"
@@ -200,8 +204,9 @@ def _value_and_gradients(
 
 
 def _judged(name: str, errors: Sequence[float], of_the_plain_form: Sequence[float]) -> Finding:
-    """Three times the error of the plain formula in the same dtype is allowed, and a little for values near zero."""
-    limits = [3 * error + floor for error, floor in zip(of_the_plain_form, (1e-5, 1e-4, 1e-4), strict=True)]
+    """Three times the error of the plain formula in the same dtype is allowed, if that is none to speak of itself."""
+    floors = (1e-5, 1e-4, 1e-4)  # for values near zero
+    limits = [min(3 * error + floor, 1e-2) for error, floor in zip(of_the_plain_form, floors, strict=True)]
     good = all(error <= limit for error, limit in zip(errors, limits, strict=True))
     value, *gradients = errors
     return Finding(

@@ -144,7 +144,7 @@ class _Walk:
 
 def _check_untouched(loss: nn.Module, cut_by_parent: bool) -> None:
     """Refuse objects on which a method was replaced, or which are compiled."""
-    if loss._compiled_call_impl is not None:  # type: ignore[attr-defined]
+    if loss._compiled_call_impl is not None:
         raise _CannotRebuild("it is compiled; accelerate it first, then compile it")
     for name, value in vars(loss).items():
         if not inspect.isfunction(getattr(type(loss), name, None)):
@@ -205,12 +205,9 @@ _DERIVED: dict[tuple[str, str], Callable[[Any, Mapping[str, Any]], Any]] = {
 
 def _share_state(old: nn.Module, new: nn.Module, children: Mapping[str, nn.Module]) -> None:
     """Give the new loss the old one's modules (losses among them rebuilt), tensors, hooks, mode and attributes."""
-    for own, theirs in (
-        (new._modules, children),
-        (new._parameters, old._parameters),
-        (new._buffers, old._buffers),
-    ):
-        own.update({name: value for name, value in theirs.items() if name in own})
+    new._modules.update({name: child for name, child in children.items() if name in new._modules})
+    new._parameters.update({name: tensor for name, tensor in old._parameters.items() if name in new._parameters})
+    new._buffers.update({name: tensor for name, tensor in old._buffers.items() if name in new._buffers})
     for name, value in vars(old).items():
         if name in _OF_EVERY_MODULE:
             if "hook" in name:
