@@ -227,14 +227,6 @@ def test_narrow_embeddings() -> None:
         assert_close(*results, 2e-2)
 
 
-def test_statistics_come_with_in_batch_negatives() -> None:
-    loss = ContrastiveTensionLossInBatchNegatives(Scaled(4))
-    assert loss.stats is None
-    loss([{"vectors": torch.randn(9, 4, dtype=torch.double)}])
-    assert loss.stats is not None
-    assert loss.stats.accuracy == 1.0
-
-
 def test_copies_are_losses_of_their_own() -> None:
     vectors = [{"vectors": torch.randn(9, 4, dtype=torch.double)}] * 2
     for loss, labels in (

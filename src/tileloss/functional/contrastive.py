@@ -110,7 +110,8 @@ def contrastive_loss(
     >>> loss = contrastive_loss(queries, docs, directions=("query_to_doc", "doc_to_query"), partition="per_direction")
     >>> loss.backward()
     """
-    return _contrastive(queries, docs, scale, similarity, directions, partition, hardness, exclude)[0]
+    call = check_call(queries, docs, scale, similarity, directions, partition, hardness, exclude)
+    return _loss_and_statistics(call, with_statistics=False)[0]
 
 
 @backend.accepts_backend
@@ -126,27 +127,17 @@ def contrastive_loss_with_stats(
     exclude: Tensor | Guide | None = None,
 ) -> tuple[Tensor, ContrastiveStats]:
     """As `contrastive_loss`, with the statistics of the same pass beside the loss; they cost no further GEMM."""
-    return _contrastive(queries, docs, scale, similarity, directions, partition, hardness, exclude)
-
-
-def _contrastive(
-    queries: Tensor,
-    docs: Tensor,
-    scale: float | Tensor,
-    similarity: str | SimilarityFn,
-    directions: Sequence[str],
-    partition: str,
-    hardness: tuple[str | None, float] | None,
-    exclude: Tensor | Guide | None,
-) -> tuple[Tensor, ContrastiveStats]:
     call = check_call(queries, docs, scale, similarity, directions, partition, hardness, exclude)
-    chosen = choose_backend(call.queries, call.docs, call.spec)
-    if chosen == "reference":
-        with full_precision(queries.device.type):
-            loss, stats = reference.contrastive_loss(*call)
-    else:
-        loss, stats = block_loss(*call, chosen)
+    loss, stats = _loss_and_statistics(call)
     return loss, ContrastiveStats(*stats.unbind())
+
+
+def _loss_and_statistics(call: Call, with_statistics: bool = True) -> tuple[Tensor, Tensor]:
+    chosen = choose_backend(call.queries, call.docs, call.spec)
+    if chosen != "reference":
+        return block_loss(*call, chosen)  # the statistics of blocks cost nothing
+    with full_precision(call.queries.device.type):
+        return reference.contrastive_loss(*call, with_statistics=with_statistics)
 
 
 def check_call(

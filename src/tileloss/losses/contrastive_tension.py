@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tileloss.backend import say_once
 from tileloss.errors import InputError, ShapeError
-from tileloss.functional import ContrastiveStats, contrastive_loss_with_stats, paired_similarity
+from tileloss.functional import contrastive_loss, paired_similarity
 from tileloss.losses import citations
 from tileloss.losses.contrastive_tension_data import ContrastiveTensionDataLoader
 from tileloss.losses.cross_entropy import is_plain
@@ -118,7 +118,6 @@ class ContrastiveTensionLossInBatchNegatives(_TwoEncoders):
         model2: the model; it is the one to keep.
         logit_scale: the logarithm of the scale, a trained parameter.
         cross_entropy_loss: `nn.CrossEntropyLoss()`. If replaced it is called with the matrix, materialised.
-        stats: the `ContrastiveStats` of the last call, from the copy's texts to the model's. None before the first.
 
     Raises:
         InputError (a ValueError): at construction, for a scale that is not positive.
@@ -142,7 +141,6 @@ class ContrastiveTensionLossInBatchNegatives(_TwoEncoders):
         self.similarity_fct = similarity_fct
         self.cross_entropy_loss = nn.CrossEntropyLoss()
         self.logit_scale = nn.Parameter(torch.tensor(math.log(scale)))
-        self.stats: ContrastiveStats | None = None
 
     def forward(self, sentence_features: Sequence[Features], labels: Tensor | None = None) -> Tensor:
         """The loss (0-dim) of one batch: a list whose first feature dict is embedded by both models."""
@@ -152,7 +150,7 @@ class ContrastiveTensionLossInBatchNegatives(_TwoEncoders):
         scale = self.logit_scale.exp()
         if not is_plain(self.cross_entropy_loss):
             return self._materialised(first, second, scale)
-        loss, self.stats = contrastive_loss_with_stats(
+        return contrastive_loss(
             first,
             second,
             scale=scale,
@@ -160,7 +158,6 @@ class ContrastiveTensionLossInBatchNegatives(_TwoEncoders):
             directions=("query_to_doc", "doc_to_query"),
             partition="per_direction",
         )
-        return loss
 
     def _materialised(self, first: Tensor, second: Tensor, scale: Tensor) -> Tensor:
         """The definition, for a cross-entropy that a user has put in place of the stock one."""

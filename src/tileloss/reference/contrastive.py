@@ -28,8 +28,11 @@ def contrastive_loss(
     mask: Tensor | None = None,  # (B, M): true where document j is no negative of query i
     guide: Guide | None = None,
     rows: slice | None = None,
+    with_statistics: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The loss (0-dim) and its detached statistics (3,): accuracy, positive and hardest-negative similarity, as means.
+
+    Without statistics, none are computed, and there is an empty tensor in their place.
 
     With `rows`, those of some queries, whose candidates are still the texts of all; only with a guide are queries
     compared with those of `rows` alone.
@@ -41,7 +44,8 @@ def contrastive_loss(
     def similarity(a: Tensor, b: Tensor) -> Tensor:
         return up(measure(a, b))  # the four known ones do so themselves, a caller's own may not
 
-    size, positives = len(queries), docs[: len(queries)]
+    size = len(queries)
+    positives = docs if len(docs) == size else docs[:size]
     own_queries, own_positives = taken(queries, rows), taken(positives, rows)
     target = taken(torch.arange(size, device=queries.device), rows)
     raw = similarity(own_queries, docs)
@@ -78,7 +82,9 @@ def contrastive_loss(
     if spec.partition == "joint" and len(softmaxes) > 1:
         softmaxes = [torch.cat(softmaxes, dim=1)]
     losses = [F.cross_entropy(softmax, target) for softmax in softmaxes]
-    loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+    loss = losses[0] if len(losses) == 1 else (losses[0] + losses[1]) / 2  # two directions at the most hold positives
+    if not with_statistics:  # a small batch feels them
+        return loss, raw.new_empty(0)
     ruled_out = guided["query_to_doc"] if guided is not None else None if masked is None else taken(masked, rows)
     return loss, statistics(raw.detach(), target, ruled_out)
 
