@@ -15,9 +15,10 @@ from torch import Tensor
 
 from tileloss import reference, tiled
 from tileloss.functional.contrastive import Call
-from tileloss.functional.contrastive_op import guide_of, ready_gradients, spec_of
+from tileloss.functional.contrastive_op import guide_of, passes_of, ready_gradients, spec_of
 from tileloss.tiled import Needs
 from tileloss.tiled.matryoshka import matryoshka_contrastive_loss
+from tileloss.tiled.prefix_passes import PrefixPasses
 from tileloss.tiled.width_by_width import width_by_width
 
 
@@ -63,14 +64,14 @@ def _matryoshka(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     spec = spec_of("cosine", directions, partition, hardness, hardness_strength)
-    passes = tiled.Passes
-    if backend == "triton":
-        from tileloss.kernels import TritonPasses as passes
     guide = guide_of(guide_queries, guide_docs, guide_margin, guide_strategy)
     scale_ = scale if scale_tensor is None else scale_tensor
     problem = tiled.Problem(len(queries), len(docs), scale_, spec, doc_ids, mask, guide)
-    compute = matryoshka_contrastive_loss if _shares_products(queries, docs, backend) else width_by_width
-    result = compute(queries, docs, problem, dims, weights, Needs(*needs), passes)
+    arguments = queries, docs, problem, dims, weights, Needs(*needs), passes_of(backend)
+    if _shares_products(queries, docs, backend):
+        result = matryoshka_contrastive_loss(*arguments, _prefix_passes(backend))
+    else:
+        result = width_by_width(*arguments)
     # an operator returns tensors only: a gradient that nobody asked for is an empty one
     d_queries, d_docs, d_scale = (queries.new_empty(0) if g is None else g for g in result[2:])
     if scale_tensor is not None:
@@ -87,6 +88,14 @@ def _shares_products(queries: Tensor, docs: Tensor, backend: str) -> bool:
         return True
     exact = torch.get_float32_matmul_precision() == "highest"
     return exact and queries.dtype == docs.dtype == torch.float32
+
+
+def _prefix_passes(backend: str) -> PrefixPasses:
+    if backend == "triton":
+        from tileloss.kernels.prefix_passes import TritonPrefixPasses
+
+        return TritonPrefixPasses()
+    return PrefixPasses()
 
 
 @_matryoshka.register_fake

@@ -24,6 +24,7 @@ from tileloss.tiled import Needs, Passes, Problem, Result, Tile, blocks
 from tileloss.tiled.guide import GuideBlocks
 from tileloss.tiled.matmul import accumulate, multiply
 from tileloss.tiled.passes import NEG_INF
+from tileloss.tiled.prefix_passes import PrefixPasses
 from tileloss.tiled.prefixes import Prefixes
 
 # bytes of the part of a block that elementwise operations go through at a time: it and two more fit a core's cache
@@ -54,6 +55,7 @@ def matryoshka_contrastive_loss(
     weights: Sequence[float],
     needs: Needs,
     passes_class: type[Passes] = Passes,
+    prefix_passes: PrefixPasses | None = None,
 ) -> Result:
     """The loss, its statistics (K, 3) and its gradients, as `tileloss.reference.matryoshka` defines them.
 
@@ -61,7 +63,7 @@ def matryoshka_contrastive_loss(
     of bounded size together. Time: three GEMMs of B x M x D, or four with doc_to_query.
     """
     with full_precision(queries.device.type):
-        return _Walk(queries, docs, problem, dims, weights, needs, passes_class).run()
+        return _Walk(queries, docs, problem, dims, weights, needs, passes_class, prefix_passes or PrefixPasses()).run()
 
 
 class _Walk:
@@ -76,8 +78,10 @@ class _Walk:
         weights: Sequence[float],
         needs: Needs,
         passes_class: type[Passes],
+        prefix_passes: PrefixPasses,
     ) -> None:
         self.problem, self.needs, self.gradients = problem, needs, any(needs)
+        self.prefix_passes = prefix_passes
         self.dtypes = queries.dtype, docs.dtype
         # the guide belongs to no width: one set of its blocks serves the passes of all
         self.guided = _GuideOfBlock(problem.guide, problem.size) if problem.guide is not None else None
@@ -94,7 +98,7 @@ class _Walk:
         self.groups = [[matrix] for matrix in self._matrices()] if self.by_statistics else [self._matrices()]
         # the products, the gradients of every width or one block of cosines, and what the guide says of the block
         self.blocks_held = 1 + (len(dims) if self.gradients else 1) + (problem.guide is not None)
-        self.buffers, self.terms = self._buffers()
+        self.buffers = self._buffers()
 
     def run(self) -> Result:
         normaliser = self._statistics_first() if self.by_statistics else self._rows()
@@ -102,9 +106,8 @@ class _Walk:
         positive = torch.stack([passes.positive for passes in self.passes])
         hardest = torch.stack([passes.hardest for passes in self.passes])
         stats = torch.stack([(positive > hardest).to(self.dtype), positive, hardest], dim=1).mean(dim=2).float()
-        share = (
-            1.0 / normaliser[0].numel() / self.problem.spec.partitions
-        )  # what a logit's gradient, as the passes give it, is of the loss'
+        # what a logit's gradient, as the passes give it, is of the loss'
+        share = 1.0 / (self.problem.size * self.problem.spec.partitions)
         sides = zip((self.queries, self.docs), self.dtypes, (self.needs.queries, self.needs.docs), strict=True)
         factor = self.problem.scale * share
         found = [side.finish(self.weights, factor, dtype) if needed else None for side, dtype, needed in sides]
@@ -129,21 +132,35 @@ class _Walk:
         normalisers = self.queries.inverse.new_full((partitions, len(self.passes), size), NEG_INF)
         by_row, by_twin = normalisers[0], normalisers[-1]
 
-        def collect(k: int, tiles: Sequence[Tile], block: Tensor) -> Sequence[Tensor]:
-            (tile,) = tiles
-            rows, twins = self.passes[k].normalisers(tile, block)
+        def add(k: int, tile: Tile, rows: Tensor, twins: Tensor | None) -> None:
             by_row[k, tile.rows] = torch.logaddexp(by_row[k, tile.rows], rows)
             if twins is not None:
                 by_twin[k, tile.twin_rows] = torch.logaddexp(by_twin[k, tile.twin_rows], twins)
+
+        def collect(k: int, tiles: Sequence[Tile], block: Tensor) -> Sequence[Tensor]:
+            add(k, tiles[0], *self.passes[k].normalisers(tiles[0], block))
             return ()
 
         def gradient(k: int, tiles: Sequence[Tile], block: Tensor) -> Sequence[Tensor]:
             return [self.passes[k].gradient(tiles[0], block, by_row[k], by_twin[k])]
 
-        for visit in [collect, gradient] if self.gradients else [collect]:
-            for matrices in self.groups:
-                self._walk(matrices, visit, visit is gradient)
+        for matrices in self.groups:
+            if not self._fused_normalisers(matrices[0], add):
+                self._walk(matrices, collect, False)
+        for matrices in self.groups if self.gradients else []:
+            self._walk(matrices, gradient, True)
         return normalisers.mean(dim=0)
+
+    def _fused_normalisers(self, matrix: Matrix, add: Callable[[int, Tile, Tensor, Tensor | None], None]) -> bool:
+        """Normalisers from a GEMM's epilogue, which no two widths can share, where the backend's GEMM has one."""
+        size = self.problem.size
+        tile = Tile(matrix.direction, 0, size, 0, matrix.width, twins=(0, size))
+        for k, passes in enumerate(self.passes):
+            found = passes.fused_normalisers(tile, matrix.left.unit_rows(k), matrix.right.unit_rows(k))
+            if found is None:
+                return False
+            add(k, tile, *found)
+        return True
 
     def _matrices(self) -> list[Matrix]:
         """The matrices of the objective; doc_to_query has none of its own, being the transpose of query_to_doc."""
@@ -171,8 +188,8 @@ class _Walk:
                     for matrix, tile, product, out in zip(
                         matrices, parts, split, block[part].split(columns, dim=1), strict=True
                     ):
-                        torch.mul(product[part], matrix.right.inverse[k, _columns(tile)], out=out)
-                        out.mul_(matrix.left.inverse[k, tile.rows, None])
+                        left, right = matrix.left.inverse[k, tile.rows], matrix.right.inverse[k, _columns(tile)]
+                        self.prefix_passes.cosines(product[part], left, right, out)
                     grads = visit(k, parts, block[part])
                     if pulls:
                         for matrix, tile, product, grad in zip(matrices, parts, split, grads, strict=True):
@@ -192,13 +209,12 @@ class _Walk:
         grad: Tensor,  # (R, C) of the logits; is divided by the norms of the right prefixes
     ) -> None:
         """What the norms of both sides answer for, while cosines and gradients are both at hand."""
-        columns = _columns(tile)
-        left, right = matrix.left.inverse[k, tile.rows], matrix.right
-        grad.mul_(right.inverse[k, columns])
-        terms = torch.mul(grad, product, out=self.terms[: product.numel()].view(product.shape))
-        by_row = terms.sum(dim=1).mul_(left)
-        matrix.left.along[k, tile.rows] += by_row
-        right.along[k, columns] += torch.mv(terms.t(), left)
+        columns, left, right = _columns(tile), matrix.left, matrix.right
+        by_row, by_column = self.prefix_passes.answers(
+            grad, product, left.inverse[k, tile.rows], right.inverse[k, columns]
+        )
+        left.along[k, tile.rows] += by_row
+        right.along[k, columns] += by_column
         if self.needs.scale:
             self.d_scale += by_row.sum() * self.weights[k]
 
@@ -249,14 +265,12 @@ class _Walk:
         # a GEMM of fewer rows is slow, and so is one that adds them to a whole gradient
         return min(max(fitting, 4 * blocks.MIN_ROWS), self.problem.size)
 
-    def _buffers(self) -> tuple[list[Tensor], Tensor]:
-        """The products and the blocks of every width, of the largest group's size; and room for a part's terms."""
+    def _buffers(self) -> list[Tensor]:
+        """The products and the blocks of every width, of the largest group's size."""
         widths = [sum(matrix.width for matrix in group) for group in self.groups]
         entries = max(self._rows_per_block(width) * width for width in widths)
         count = 1 + (len(self.passes) if self.gradients else 1)
-        terms = min(entries, max(self._part_entries(), *widths)) if self.gradients else 0
-        like = self.weights
-        return [like.new_empty(entries) for _ in range(count)], like.new_empty(terms)
+        return [torch.empty(entries, dtype=self.dtype, device=self.weights.device) for _ in range(count)]
 
     def _part_entries(self) -> int:
         """Of a part, unless one row has more: on a GPU, where a pass is one kernel, a part is a whole block."""

@@ -61,6 +61,10 @@ class Prefixes:
             parts, self.columns, self.inverse[:, :rows], self.slope[:, :rows], gradient, self.along[:, :rows]
         )
 
+    def unit_rows(self, k: int) -> Tensor:  # (N, sum of W up to k)
+        """The prefixes of one width over their norms, which is a copy."""
+        return torch.cat(self.segments[: k + 1], dim=1).mul_(self.inverse[k, :, None])
+
     def finish(
         self,
         weights: Tensor,  # (K,)
