@@ -1,9 +1,9 @@
 """`python -m tileloss.run script.py ...`: a script with our losses in the place of sentence-transformers', unedited.
 
 Problem: the script is not ours to edit. Method: it runs as it would by itself, under the name `__main__` and with its
-own arguments; as soon as it has imported sentence-transformers, the library's names are given our classes. Nothing is
-imported ahead of the script, so that what it sets in the environment first still counts. Trade-off: processes that it
-spawns by itself start without; a launcher has to start this module in each (`torchrun -m tileloss.run script.py`).
+own arguments; as soon as it has imported sentence-transformers, the library's names are given our classes. Torch alone
+is imported ahead of it, so that what it sets for other libraries in the environment still counts. Trade-off: processes
+that it spawns by itself start without; a launcher has to start this module in each: `torchrun -m tileloss.run script.py`.
 """
 
 from __future__ import annotations
