@@ -179,6 +179,8 @@ def test_the_loss_is_a_leaf_that_scales_all_gradients() -> None:
     for _ in range(2):
         value.backward()
     assert_equal(gradients(loss), {name: 2 * x for name, x in once.items()})
+    with pytest.raises(RuntimeError, match="not have been used"):
+        torch.autograd.grad(value, list(loss.parameters()))
 
 
 def test_gradients_that_are_there_are_added_to() -> None:
@@ -362,6 +364,44 @@ def test_gradient_scaler_steps_as_without_one() -> None:
         weights.append([p.detach().clone() for p in model.parameters()])
     for plain, scaled in zip(*weights, strict=True):
         torch.testing.assert_close(plain, scaled)
+
+
+def test_mixed_precision_with_a_scaler_is_one_pass_under_autocast() -> None:
+    """As close as eight bits allow: the layers round their products, in other places for a mini-batch."""
+    model = encoder(dropout=0.0).float()
+    loss = Ranking(model).float()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
+    found = []
+    for cached in (True, False):
+        loss.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            value = loss(batch()) if cached else loss.compute([model(x)["sentence_embedding"] for x in batch()])
+        scaler.scale(value).backward()
+        found.append({name: x / 2.0**14 for name, x in gradients(loss).items()})
+    assert found[0]["factor"].isfinite()
+    assert_equal(*found, tolerance=2e-2)
+
+
+def test_entries_that_belong_to_all_texts_reach_every_mini_batch() -> None:
+    class Shifted(Encoder):
+        def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+            assert features["modality"] == "text"
+            assert features["prompt_length"].shape == (1,)
+            assert features["table"].shape == (3, 5)
+            features = super().forward(features)
+            features["sentence_embedding"] = features["sentence_embedding"] + features["table"][features["which"]]
+            return features
+
+    torch.manual_seed(0)
+    model = Shifted(dropout=0.0).double()
+    shared = {"prompt_length": torch.tensor([2]), "table": torch.randn(3, 5).double(), "which": torch.tensor(1)}
+    loss = Ranking(model)
+    value, found = step(loss, [{**x, **shared} for x in batch()])
+    loss.zero_grad()
+    whole = loss.compute([model({**x, **shared})["sentence_embedding"] for x in batch()])
+    whole.backward()
+    torch.testing.assert_close(value, whole.detach())
+    assert_equal(found, gradients(loss))
 
 
 def test_unused_columns_are_named() -> None:
