@@ -22,6 +22,8 @@ from tileloss.kernels.pairs import paired_measure, paired_measure_backward
 from tileloss.kernels.pairwise import pairwise_matrix
 from tileloss.kernels.pairwise_backward import pairwise_matrix_backward
 from tileloss.kernels.passes import TritonPasses
+from tileloss.kernels.prefix_cosines import prefix_cosines, prefix_cosines_backward
+from tileloss.kernels.prefix_passes import TritonPrefixPasses
 from tileloss.kernels.triplet_masks import triplet_masks
 from tileloss.metrics import METRICS
 from tileloss.paired import DISTANCES
@@ -73,6 +75,8 @@ def record_cases(gpu: Gpu) -> Iterator[tuple[str, Launch]]:
     """
     for primitive in (
         contrastive_cases,
+        matryoshka_cases,
+        prefix_cosines_cases,
         hardest_cases,
         pairs_cases,
         pairwise_cases,
@@ -147,6 +151,27 @@ def hardest_cases(gpu: Gpu) -> Iterator[tuple[str, Launch]]:
         with recorded(gpu.shared_memory) as launches:
             pull_pairs(weights, partners, queries, docs, *sums, norms=True)
         yield from ((f"{name}, norms", found) for found in launches)
+
+
+def matryoshka_cases(gpu: Gpu) -> Iterator[tuple[str, Launch]]:
+    """The passes of the norms, over a part of a wider block; those of the loss are `contrastive_cases`."""
+    product, grad = torch.empty(2, SIZE, 2 * DOCS, device="meta")[:, :, :DOCS].unbind()
+    left, right = torch.empty(SIZE, device="meta"), torch.empty(DOCS, device="meta")
+    with recorded(gpu.shared_memory) as launches:
+        TritonPrefixPasses().cosines(product, left, right, grad)
+        TritonPrefixPasses().answers(grad, product, left, right)
+    yield from (("float32, default", found) for found in launches)
+
+
+def prefix_cosines_cases(gpu: Gpu) -> Iterator[tuple[str, Launch]]:
+    """Paired cosines at three widths there and back, of rows of any strides too."""
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)):
+        a = torch.empty(SIZE, WIDTH, dtype=dtype, device="meta")
+        b = torch.empty(WIDTH, SIZE, dtype=dtype, device="meta").T
+        with recorded(gpu.shared_memory) as launches:
+            cosines, norms = prefix_cosines(a, b, [64, 256, 768])
+            prefix_cosines_backward(cosines, a, b, cosines, norms, [64, 256, 768], [True, True])
+        yield from ((f"{name}, default", found) for found in launches)
 
 
 def pairs_cases(gpu: Gpu) -> Iterator[tuple[str, Launch]]:
