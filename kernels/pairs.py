@@ -155,7 +155,7 @@ def _pulls(
     if MEASURE == "manhattan" or MEASURE == "euclidean" or MEASURE == "squared_euclidean":
         pull = _difference(x, y, columns < width, eps)
         if MEASURE == "manhattan":
-            pull = tl.where(pull > 0.0, 1.0, tl.where(pull < 0.0, -1.0, pull))  # a nan is kept
+            pull = tl.where(pull > 0.0, 1.0, tl.where(pull < 0.0, -1.0, 0.0))
         d_x = cross * pull
         d_y = -d_x
     elif MEASURE == "angle":
