@@ -246,6 +246,12 @@ WORKLOADS = {
             options={"use_mini_batched_version": False},
             matrices=3,
         ),
+        Workload("cosine_similarity", "graded pairs, by cosine", "CosineSimilarityLoss", targets=uniform, matrices=0),
+        Workload("contrastive", "pairs with a margin", "ContrastiveLoss", targets=binary, matrices=0),
+        Workload(
+            "online_contrastive", "hard pairs with a margin", "OnlineContrastiveLoss", targets=binary, matrices=0
+        ),
+        Workload("triplet", "given triplets", "TripletLoss", columns=3, matrices=0),
         Workload("cosent", "graded pairs, in order", "CoSENTLoss", targets=uniform, matrices=0),
         Workload("angle", "graded pairs, in order by angles", "AnglELoss", targets=uniform, matrices=0),
         Workload(

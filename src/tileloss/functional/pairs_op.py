@@ -26,7 +26,7 @@ def block_pairs(
     """The measures by the block algorithm of a backend, as a node of the autograd graph."""
     if torch.compiler.is_compiling():
         return _pairs([a, *others], measure, eps, backend)[0]
-    return _Pairs.apply(measure, eps, backend, a, *others)  # type: ignore[no-any-return]
+    return _Pairs.apply(measure, eps, backend, a, *others)
 
 
 class _Pairs(torch.autograd.Function):
@@ -40,7 +40,7 @@ class _Pairs(torch.autograd.Function):
         return found
 
     @staticmethod
-    def backward(ctx: Any, d_found: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_found: Tensor) -> tuple[Tensor | None, ...]:
         measure, eps, backend = ctx.settings
         *matrices, found, norms = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[3:])

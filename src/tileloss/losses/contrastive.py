@@ -157,4 +157,4 @@ def warn_unless_binary(
     """A `UserWarning` for labels other than 0 and 1, which says what others do. On a GPU it waits for the labels."""
     if ((labels != 0) & (labels != 1)).any():
         message = f"{type(loss).__name__} expects binary labels (0 or 1). Others are accepted, and {otherwise}."
-        warnings.warn(message, UserWarning, stacklevel=5)
+        warnings.warn(message, UserWarning, stacklevel=6)  # whoever called the loss
