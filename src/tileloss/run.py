@@ -3,7 +3,7 @@
 Problem: the script is not ours to edit. Method: it runs as it would by itself, under the name `__main__` and with its
 own arguments; as soon as it has imported sentence-transformers, the library's names are given our classes. Torch alone
 is imported ahead of it, so that what it sets for other libraries in the environment still counts. Trade-off: processes
-that it spawns by itself start without; a launcher has to start this module in each: `torchrun -m tileloss.run script.py`.
+that it spawns by itself start without; a launcher has to start this module in each (`torchrun -m tileloss.run x.py`).
 """
 
 from __future__ import annotations
