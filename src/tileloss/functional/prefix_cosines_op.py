@@ -25,7 +25,8 @@ def block_prefix_cosines(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Cosines (K, B) and norms (2, K, B) by the algorithm of a backend."""
-    return _backend(backend).prefix_cosines(a, b, dims)  # type: ignore[no-any-return]
+    cosines, norms = _backend(backend).prefix_cosines(a, b, dims)
+    return cosines, norms
 
 
 @block_prefix_cosines.register_fake

@@ -108,10 +108,10 @@ class _Walk:
         stats = torch.stack([(positive > hardest).to(self.dtype), positive, hardest], dim=1).mean(dim=2).float()
         # what a logit's gradient, as the passes give it, is of the loss'
         share = 1.0 / (self.problem.size * self.problem.spec.partitions)
-        sides = zip((self.queries, self.docs), self.dtypes, (self.needs.queries, self.needs.docs), strict=True)
         factor = self.problem.scale * share
-        found = [side.finish(self.weights, factor, dtype) if needed else None for side, dtype, needed in sides]
-        return Result(loss, stats, *found, self.d_scale * share if self.needs.scale else None)
+        d_queries = self.queries.finish(self.weights, factor, self.dtypes[0]) if self.needs.queries else None
+        d_docs = self.docs.finish(self.weights, factor, self.dtypes[1]) if self.needs.docs else None
+        return Result(loss, stats, d_queries, d_docs, self.d_scale * share if self.needs.scale else None)
 
     def _rows(self) -> Tensor:  # (K, B)
         """Blocks of rows of all directions at once: softmax and gradient of the logits."""
