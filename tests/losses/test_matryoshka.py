@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tileloss import losses, similarity
-from tileloss.errors import InputError, KindError, ShapeError
+from tileloss.errors import InputError, KindError
 from tileloss.losses import MatryoshkaLoss
 
 oracle = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
@@ -100,6 +100,7 @@ INNER = {
         {"mini_batch_size": 5, "similarity_fct": similarity.euclidean_sim},
     ),
     "cached mega-batch": ("MegaBatchMarginLoss", {"mini_batch_size": 5}),
+    "mined triplets": ("BatchHardTripletLoss", {"margin": 0.5}),
     "ranked pairs": ("CoSENTLoss", {}),
     "angles of pairs": ("AnglELoss", {}),
     "cosines of pairs": ("CosineSimilarityLoss", {}),
@@ -132,7 +133,10 @@ def test_it_trains_a_transformer_with_dropout_as_the_oracle_does(
         columns = 2 if any(word in name for word in ("mega", "pairs", "two")) else 3
         features = [model.preprocess(texts(13, seed)) for seed in range(columns)]
         generator = torch.Generator().manual_seed(4)
-        labels = torch.rand((13, 2, WIDTH) if "teacher" in name else (13,), generator=generator, dtype=torch.double)
+        if name == "mined triplets":
+            features, labels = features[:1], torch.arange(13) % 3
+        else:
+            labels = torch.rand((13, 2, WIDTH) if "teacher" in name else (13,), generator=generator).double()
         guide = {"guide": another(tiny_encoder().double())} if "guided" in name else {}
         inner = getattr(library, kind)(model, **guide, **options)
         loss = library.MatryoshkaLoss(model, inner, DIMS, WEIGHTS, n_dims_per_step=steps)
@@ -179,11 +183,13 @@ def test_the_same_widths_are_drawn(make: Callable[[Any, Any], nn.Module]) -> Non
     assert states[0] == states[1]
 
 
-@pytest.mark.parametrize("columns", [2, 4])
-def test_the_model_runs_once_for_all_widths(columns: int) -> None:
+@pytest.mark.parametrize(
+    ("make", "columns"),
+    [(losses.MultipleNegativesRankingLoss, 2), (losses.MultipleNegativesRankingLoss, 4), (Inner, 2)],
+)
+def test_the_model_runs_once_for_all_widths(make: Callable[[Any], nn.Module], columns: int) -> None:
     model = Given()
-    loss = MatryoshkaLoss(model, losses.MultipleNegativesRankingLoss(model), [16, 16, 8, 4])
-    loss(given(columns=columns), None)
+    MatryoshkaLoss(model, make(model), [16, 16, 8, 4])(given(columns=columns), None)
     assert model.calls == columns
     assert "forward" not in vars(model)
 
@@ -233,15 +239,23 @@ def test_float16_is_cut_in_float16(magnitude: float) -> None:
     assert values[0].isnan() == (magnitude != 1.0)
 
 
-@pytest.mark.parametrize("cached", [False, True])
-def test_a_model_or_a_loss_is_as_before_whatever_is_raised(cached: bool) -> None:
+@pytest.mark.parametrize(
+    "make",
+    [
+        losses.MultipleNegativesRankingLoss,
+        losses.CachedMultipleNegativesRankingLoss,
+        oracle.CachedMultipleNegativesRankingLoss,
+        losses.MegaBatchMarginLoss,
+        Inner,
+    ],
+)
+def test_a_model_or_a_loss_is_as_before_whatever_is_raised(make: Callable[[Any], nn.Module]) -> None:
     model = Given()
-    kind = losses.CachedMultipleNegativesRankingLoss if cached else losses.MultipleNegativesRankingLoss
-    inner = kind(model)
+    inner = make(model)
     loss = MatryoshkaLoss(model, inner, DIMS)
     before = dict(vars(model)), dict(vars(inner))
     a, b = given()
-    with pytest.raises(ShapeError):
+    with pytest.raises((RuntimeError, IndexError)):
         loss([a, {"given": b["given"][:-1]}], None)
     model.calls = 0
     assert (vars(model), vars(inner)) == before

@@ -24,11 +24,14 @@ class MatryoshkaLoss(nn.Module):
     """The weighted sum of another loss over prefixes of the embeddings: the first d numbers of each, normalised.
 
     Drop-in for sentence-transformers' class of this name: the same arguments, values and gradients, around any loss of
-    tileloss or of sentence-transformers, with a gradient cache or without. The model runs once for all widths: its
-    forward is replaced for the length of a call, and hands out the same embeddings again, cut shorter each time. Under
-    a gradient cache it is the embeddings in `calculate_loss` that are cut.
+    tileloss or of sentence-transformers, with a gradient cache or without. The model runs once for all widths.
 
-    Time and memory are those of the inner loss at each width; embeddings of every width are alive until the backward.
+    In-batch losses of tileloss, guided and cached ones too, `CoSENTLoss` and `CosineSimilarityLoss` are computed in
+    one pass at all widths, because similarities of prefixes are partial sums of one and the same product: see
+    `tileloss.functional.matryoshka_contrastive_loss` and `prefix_cosines` for the cost. Any other loss is called for
+    each width, in as much time and memory: the model's forward is replaced for the length of a call, and hands out
+    the same embeddings again, cut shorter each time; under a gradient cache it is those in `calculate_loss` that are
+    cut. These are normalised in their own dtype, as sentence-transformers has it.
 
     Args:
         model: maps a feature dict to one that holds "sentence_embedding" (B, D), and has `get_embedding_dimension()`.
