@@ -21,8 +21,8 @@ from tileloss.similarity import full_precision
 
 _SIMILARITIES = tuple(PAIRED.functions)
 # of a number, against one of a cosine, whose blocks pay from 64 rows of 768 on a CPU: what autograd does for products
-# and distances is little more than has to be, so that theirs pay from 512 rows on
-_WORTH = dict.fromkeys(("dot", *DISTANCES), 1 / 8)
+# and distances is little more than has to be, so that theirs pay from 512 rows on; what it does for angles is most
+_WORTH = dict.fromkeys(("dot", *DISTANCES), 1 / 8) | {"angle": 6.0}
 _METRICS = (*DISTANCES, "cosine", "torch_cosine")
 
 
