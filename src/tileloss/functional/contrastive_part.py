@@ -16,7 +16,7 @@ def definition_of_part(
     scale: float | Tensor,
     spec: ContrastiveSpec,
     doc_ids: Tensor | None,  # (C * B,)
-    mask: None,
+    mask: Tensor | None,  # none so far: it would have to be (W * B, C * W * B)
     guide: Guide | None,
     part: Part,
 ) -> tuple[Tensor, Tensor]:

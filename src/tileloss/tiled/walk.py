@@ -191,9 +191,8 @@ class Walk:
             yield Matrix("query_to_query", self.left, self.candidates, self.d_left, self.d_candidates, top, first)
         if self._has("doc_to_doc"):
             columns = slice(None) if self.problem.guide is None else slice(self.problem.size)
-            sides = self.positives, columns
-            d_left, d_right = (None if self.d_right is None else self.d_right[side] for side in sides)
-            yield Matrix("doc_to_doc", *(self.right[side] for side in sides), d_left, d_right, top)
+            d_left, d_right = (None if self.d_right is None else self.d_right[x] for x in (self.positives, columns))
+            yield Matrix("doc_to_doc", self.right[self.positives], self.right[columns], d_left, d_right, top)
 
     def _blocks(self, matrix: Matrix) -> Iterator[tuple[Tile, Tensor]]:
         """The tiles of one matrix from top to bottom, each with room for its similarities."""

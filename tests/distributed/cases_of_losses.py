@@ -1,0 +1,153 @@
+"""Loss classes over several processes: the oracle's values, and under DDP the gradients of one process."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from batches import CROSS, Batch, case, compare_outcomes, gradient, mean, small_pieces
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import tileloss
+from tileloss.losses import (
+    CachedMultipleNegativesRankingLoss,
+    CachedMultipleNegativesSymmetricRankingLoss,
+    MultipleNegativesRankingLoss,
+    MultipleNegativesSymmetricRankingLoss,
+)
+from tileloss.losses.guided import GuidedLoss
+from tileloss.spec import DIRECTIONS
+
+
+@case
+def the_oracles_ranking_loss() -> None:
+    if dist.get_world_size() > 2:
+        return  # two show it, and it is slow to import
+    from sentence_transformers.sentence_transformer import losses as oracle
+
+    objectives: list[dict[str, Any]] = [
+        {},
+        {"directions": CROSS, "partition_mode": "per_direction"},
+        {"directions": DIRECTIONS, "hardness_mode": "all_negatives", "hardness_strength": 2.0},
+    ]
+    batch = Batch.random(3)
+    for options in objectives:
+        theirs = oracle.MultipleNegativesRankingLoss(nn.Identity(), gather_across_devices=True, **options)
+        expected = through_class(theirs, batch.part)
+        for gather, backend in ((True, "reference"), ("gather", "tiled"), ("ring", "tiled")):
+            ours = MultipleNegativesRankingLoss(nn.Identity(), gather_across_devices=gather, **options)
+            with tileloss.use_backend(backend):
+                compare_outcomes(through_class(ours, batch.part), expected)
+            assert ours.get_config_dict() == theirs.get_config_dict() | {"gather_across_devices": gather}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        theirs = oracle.MultipleNegativesSymmetricRankingLoss(nn.Identity(), gather_across_devices=True)
+        ours = MultipleNegativesSymmetricRankingLoss(nn.Identity(), gather_across_devices="ring")
+    compare_outcomes(through_class(ours, batch.part), through_class(theirs, batch.part))
+
+
+def through_class(loss: nn.Module, columns: list[Tensor]) -> list[Tensor]:
+    leaves = [column.clone().requires_grad_() for column in columns]
+    value = loss.compute_loss_from_embeddings(leaves, None)  # type: ignore[operator]
+    value.backward()
+    return [value.detach(), *map(gradient, leaves)]
+
+
+class Lookup(nn.Module):
+    """A model whose embeddings are given."""
+
+    def __init__(self, columns: list[Tensor]) -> None:
+        super().__init__()
+        self.columns = columns
+
+    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+        return features | {"sentence_embedding": self.columns[features["column"]]}
+
+
+@case
+def the_oracles_guided_loss() -> None:
+    """The anchors stay in their process, the positives and negatives do not."""
+    if dist.get_world_size() > 2:
+        return  # two show it, and it is slow to import
+    from sentence_transformers.sentence_transformer import losses as oracle
+
+    for columns, anchors, positives, strategy in ((3, True, True, "relative"), (2, True, False, "absolute")):
+        batch, guide = Batch.random(columns), Batch.random(columns, width=4)
+        settings = {
+            "temperature": 0.25, "margin_strategy": strategy, "margin": 0.1, "contrast_anchors": anchors,
+            "contrast_positives": positives, "gather_across_devices": True, "must_retokenize": False,
+            "similarity_fct": nn.CosineSimilarity(dim=-1), "cross_entropy_loss": nn.CrossEntropyLoss(),
+        }  # fmt: skip
+        theirs, ours = bare(oracle.GISTEmbedLoss, settings), bare(GuidedLoss, settings)
+        leaves = [column.requires_grad_() for column in batch.part]
+        theirs.model, theirs.guide = Lookup(leaves), Lookup(guide.part)
+        loss = theirs([{"column": index} for index in range(columns)], None)
+        expected = [loss.detach(), *torch.autograd.grad(loss, leaves)]
+        for gather, backend in ((True, "reference"), ("gather", "tiled"), ("ring", "tiled")):
+            ours.gather_across_devices = gather
+            with tileloss.use_backend(backend), small_pieces():
+                value = ours.loss_of_columns(leaves, guide.part)
+            compare_outcomes([value.detach(), *torch.autograd.grad(value, leaves)], expected)
+
+
+def bare(kind: type[nn.Module], settings: dict[str, Any]) -> Any:
+    """An object of a loss class, without the tokenizers that its constructor asks for."""
+    loss = kind.__new__(kind)
+    nn.Module.__init__(loss)
+    for name, value in settings.items():
+        setattr(loss, name, value)
+    return loss
+
+
+class Encoder(nn.Module):
+    """A model with dropout."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.layers = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 5)).double()
+
+    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+        return features | {"sentence_embedding": self.layers(features["inputs"])}
+
+
+def train_once(loss: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
+    torch.manual_seed(dist.get_rank())
+    value = loss([{"inputs": x} for x in inputs], None)
+    value.backward()
+    return [value.detach(), *map(gradient, loss.parameters())]
+
+
+@case
+def parameters_under_ddp_learn_what_they_would_in_one_process() -> None:
+    batch = Batch.random(3, False, width=6)
+    plain = {"directions": DIRECTIONS}
+    for kind, options in (
+        (MultipleNegativesRankingLoss, plain),
+        (CachedMultipleNegativesRankingLoss, plain | {"mini_batch_size": 4}),
+        (CachedMultipleNegativesSymmetricRankingLoss, {"mini_batch_size": 4}),
+    ):
+        for gather in (True, "gather", "ring"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                whole = train_once(kind(Encoder(0.0), **options), batch.columns)
+                model = DistributedDataParallel(Encoder(0.0))
+                loss = kind(model, gather_across_devices=gather, **options)
+            with tileloss.use_backend("auto" if gather is True else "tiled"):
+                found = train_once(loss, batch.part)
+            found[0] = mean(found[0])
+            compare_outcomes(found, whole)
+
+
+@case
+def a_cached_loss_draws_the_same_dropout_again() -> None:
+    """With mini-batches of whole columns, masks are drawn as without a cache, and so the gradients are the same."""
+    batch = Batch.random(2, width=6)
+    found = []
+    for kind in (MultipleNegativesRankingLoss, CachedMultipleNegativesRankingLoss):
+        model = DistributedDataParallel(Encoder(0.3))
+        found.append(train_once(kind(model, gather_across_devices="ring"), batch.part))
+    compare_outcomes(*found)
