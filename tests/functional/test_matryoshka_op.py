@@ -60,6 +60,19 @@ def test_as_exact_as_the_eager_formula(dtype: torch.dtype, options: dict) -> Non
         assert error <= 3 * allowed + slack
 
 
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="no oneDNN")
+def test_products_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on the machines where it is the faster library."""
+    monkeypatch.setattr(importlib.import_module("tileloss.tiled.onednn"), "is_faster_here", lambda: True)
+    queries, docs, scale = batch(300, 300, width=200)
+    results = []
+    for inputs in ([x.double() for x in (queries, docs, scale)], [queries, docs, scale]):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        loss = matryoshka_contrastive_loss(*leaves[:2], dims=[64, 128, 200], scale=leaves[2], backend="tiled")
+        results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    assert max(errors(results[1], results[0])) < 1e-5
+
+
 def test_large_and_small_rows() -> None:
     """Products are of rows as they are given: their lengths must not show in the digits."""
     queries, docs, scale = batch(64, 64)
