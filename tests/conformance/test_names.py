@@ -49,17 +49,13 @@ def test_constructors_take_the_same_in_the_same_order(name: str, stock: ModuleTy
     assert all(kind == inspect.Parameter.KEYWORD_ONLY for _, kind, _ in ours[len(theirs) :])
 
 
-# in ours the second argument is whatever goes beside the embeddings, in every loss with a gradient cache
-RENAMED = {("CachedGISTEmbedLoss", "calculate_loss_and_cache_gradients")}
-
-
 def test_public_methods_and_properties_are_there_and_take_the_same(name: str, stock: ModuleType) -> None:
     theirs, ours = getattr(stock, name), getattr(losses, name)
     for attribute, value in inspect.getmembers(theirs):
         if attribute.startswith("_") or value is getattr(nn.Module, attribute, None):
             continue
         assert hasattr(ours, attribute), attribute
-        if inspect.isfunction(value) and (name, attribute) not in RENAMED:
+        if inspect.isfunction(value):
             expected = [parameter[:2] for parameter in _parameters(value, stock)]
             found = [parameter[:2] for parameter in _parameters(getattr(ours, attribute), losses)]
             assert found[: len(expected)] == expected, attribute

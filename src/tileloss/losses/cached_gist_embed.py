@@ -138,6 +138,12 @@ class CachedGISTEmbedLoss(GuidedLoss, GradCache):
         guide_columns = [torch.cat(list(parts)) for parts in reps_guided]
         return backward_by_columns(lambda columns: self.loss_of_columns(columns, guide_columns), reps, with_backward)
 
+    def calculate_loss_and_cache_gradients(  # type: ignore[override]
+        self, reps: Sequence[Sequence[Tensor]], reps_guided: Sequence[Sequence[Tensor]]
+    ) -> tuple[Tensor, list[list[Tensor]]]:
+        """The loss (0-dim, a new leaf) and the gradient of each mini-batch's embeddings."""
+        return super().calculate_loss_and_cache_gradients(reps, reps_guided)
+
     def _materialised(self, embeddings: Sequence[Tensor], guide_embeddings: Sequence[Tensor]) -> Tensor:
         """As in `GuidedLoss`, a mini-batch of rows at a time, which the backward computes again."""
         size = len(embeddings[0])
