@@ -204,3 +204,29 @@ def test_what_holds_no_stock_loss_is_given_back(model: Any, caplog: pytest.LogCa
     with caplog.at_level(logging.WARNING):
         assert tileloss.accelerate(model) is model
     assert "replaced nothing" in caplog.text
+
+
+def test_settings_that_cannot_be_read_back_are_said(
+    stock: ModuleType, model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    loss = stock.MegaBatchMarginLoss(model)
+    del loss.positive_margin
+    assert tileloss.accelerate(loss) is loss
+    assert "its argument 'positive_margin' cannot be read back" in caplog.text
+
+
+def test_settings_that_ours_refuses_are_said(stock: ModuleType, model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    loss = stock.MultipleNegativesRankingLoss(model)
+    loss.scale = -1.0
+    assert tileloss.accelerate(loss) is loss
+    assert "tileloss does not take its settings: Scale must be a positive value." in caplog.text
+
+
+def test_a_loss_made_before_a_patch_is_rebuilt_while_it_holds(stock: ModuleType, model: Any, value: Any) -> None:
+    loss = stock.MultipleNegativesRankingLoss(model)
+    with tileloss.patch_sentence_transformers():
+        made = stock.MultipleNegativesRankingLoss(model)
+        assert tileloss.accelerate(made) is made
+        new = tileloss.accelerate(loss)
+        assert type(new) is type(made) is losses.MultipleNegativesRankingLoss
+        assert_same(value(new), value(loss))

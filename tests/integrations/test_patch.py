@@ -126,6 +126,9 @@ def test_isinstance_and_subclasses(tiny_encoder: Callable[..., Any]) -> None:
     class Earlier(stock):  # type: ignore[valid-type, misc]
         pass
 
+    class EarlierCached(package.CachedMultipleNegativesRankingLoss):  # type: ignore[name-defined, misc]
+        pass
+
     with tileloss.patch_sentence_transformers():
         made = package.MultipleNegativesRankingLoss(tiny_encoder())
 
@@ -136,6 +139,8 @@ def test_isinstance_and_subclasses(tiny_encoder: Callable[..., Any]) -> None:
         assert type(made) is losses.MultipleNegativesRankingLoss
         assert issubclass(Later, losses.MultipleNegativesRankingLoss)
         assert issubclass(package.Matryoshka2dLoss, package.AdaptiveLayerLoss)
+        earlier = EarlierCached(tiny_encoder())
+        assert type(earlier.loss) is stock, "stock code beneath a class that was left keeps to stock classes"
     assert issubclass(Earlier, stock)
     assert isinstance(Earlier(tiny_encoder()), package.MultipleNegativesRankingLoss)
 

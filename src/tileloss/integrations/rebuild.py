@@ -33,6 +33,8 @@ _ATTRIBUTES = {
     "model": ("model", "sentence_embedder", "model2", "encoder"),
     "use_mini_batched_version": ("uses_gradient_cache",),
 }
+# whose constructor loads what the object has already, and whose settings all are attributes
+_BARE = frozenset({"DenoisingAutoEncoderLoss"})
 # what a module keeps for itself: never copied as a setting
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
@@ -130,16 +132,26 @@ class _Walk:
         }
         if cuts and _is_cut(children["loss"]):
             raise _CannotRebuild(f"{path}.loss, which it has changed, could not be rebuilt")
-        settings = _settings(old, children)
-        with warnings.catch_warnings(), _random_state_kept(old):
-            warnings.simplefilter("ignore", DeprecationWarning)  # said when the old loss was made
-            try:
-                new = counterparts()[type(old)](**settings)
-            except InputError as error:
-                raise _CannotRebuild(f"tileloss does not take its settings: {error}") from error
+        new = _constructed(counterparts()[type(old)], old, children)
         _share_state(old, new, children)
         _check_same(old, new)
         return new
+
+
+def _constructed(kind: type[nn.Module], old: nn.Module, children: Mapping[str, nn.Module]) -> nn.Module:
+    """A loss of ours with the old one's settings; its state is still its own."""
+    if kind.__name__ in _BARE:
+        new = kind.__new__(kind)
+        nn.Module.__init__(new)
+        new._modules.update(dict.fromkeys(children))
+        return new
+    settings = _settings(old, children)
+    with warnings.catch_warnings(), _random_state_kept(old):
+        warnings.simplefilter("ignore", DeprecationWarning)  # said when the old loss was made
+        try:
+            return kind(**settings)
+        except InputError as error:
+            raise _CannotRebuild(f"tileloss does not take its settings: {error}") from error
 
 
 def _check_untouched(loss: nn.Module, cut_by_parent: bool) -> None:
