@@ -115,7 +115,9 @@ def _summed(found: Tensor | dict[str, Tensor]) -> Tensor:
 def _with_a_layer(loss_class: type[nn.Module], workload: Workload, width_option: str) -> Loss:
     @functools.cache
     def loss(width: int) -> nn.Module:
-        return loss_class(Given("sentence_embedding"), **{width_option: width}, **workload.options)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # everybody's layer has the same weights
+            return loss_class(Given("sentence_embedding"), **{width_option: width}, **workload.options)
 
     def run(columns: list[Tensor]) -> Tensor:
         sized = loss(columns[0].shape[1]).to(columns[0])

@@ -79,7 +79,7 @@ def sweep(cases: Iterable[Case], contestants: Sequence[str], rounds: int, limits
         limits: of memory and time.
 
     Returns:
-        By case and contestant (and `FLOOR`) what was measured, or why it was not.
+        By case and contestant what was measured, or why it was not; and so of `FLOOR`, where a loss compares all rows.
     """
     results: Results = {
         case: {name: Outcome() for name in (*contestants, FLOOR)} for case in sorted(cases, key=lambda case: case.cost)
@@ -143,7 +143,7 @@ def _measure_time(case: Case, outcomes: dict[str, Outcome], rounds: int, limits:
         return
     embeddings = case.embeddings()
     entries = {}
-    for name in (*runners, FLOOR):
+    for name in (*runners, *([FLOOR] if WORKLOADS[case.workload].matrices else [])):
         try:
             for kind, step in _warm_steps(name, case, embeddings)._asdict().items():
                 entries[name, kind] = step
