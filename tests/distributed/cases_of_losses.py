@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import tileloss
 from tileloss.losses import (
+    CachedGISTEmbedLoss,
     CachedMultipleNegativesRankingLoss,
     CachedMultipleNegativesSymmetricRankingLoss,
     MultipleNegativesRankingLoss,
@@ -91,6 +92,18 @@ def the_oracles_guided_loss() -> None:
             with tileloss.use_backend(backend), small_pieces():
                 value = ours.loss_of_columns(leaves, guide.part)
             compare_outcomes([value.detach(), *torch.autograd.grad(value, leaves)], expected)
+        settings |= {"mini_batch_size": 4, "show_progress_bar": False}
+        expected = through_the_cache(bare(oracle.CachedGISTEmbedLoss, settings), batch.part, guide.part)
+        for gather in (True, "ring"):
+            ours = bare(CachedGISTEmbedLoss, settings | {"gather_across_devices": gather})
+            compare_outcomes(through_the_cache(ours, batch.part, guide.part), expected)
+
+
+def through_the_cache(loss: nn.Module, columns: list[Tensor], guide_columns: list[Tensor]) -> list[Tensor]:
+    reps = [[part.detach().clone().requires_grad_() for part in column.split(4)] for column in columns]
+    guided = [list(column.split(4)) for column in guide_columns]
+    value, gradients = loss.calculate_loss_and_cache_gradients(reps, guided)  # type: ignore[operator]
+    return [value.detach(), *map(torch.cat, gradients)]
 
 
 def bare(kind: type[nn.Module], settings: dict[str, Any]) -> Any:
