@@ -176,6 +176,18 @@ def test_float_and_tensor_scale_are_equal() -> None:
             assert contrastive_loss(queries, docs, scale=tensor).item() == pytest.approx(as_float.item(), rel=1e-12)
 
 
+def test_a_narrow_scale_does_not_round_the_gradients(backend: str) -> None:
+    """A learnable temperature is float32 whatever the embeddings are."""
+    scale = torch.tensor(20.0 / 3)
+    inputs = torch.randn(2, 20, 9, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for given in (scale, float(scale)):
+        queries, docs = (x.clone().requires_grad_() for x in inputs)
+        contrastive_loss(queries, docs, scale=given).backward()
+        gradients.append(torch.cat([queries.grad, docs.grad]))  # type: ignore[list-item]
+    torch.testing.assert_close(*gradients, rtol=1e-13, atol=1e-16)
+
+
 def test_a_scale_of_one_element_gets_a_gradient_of_its_shape() -> None:
     queries, docs = batch()
     for shape in ((), (1,), (1, 1)):

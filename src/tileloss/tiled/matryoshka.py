@@ -108,7 +108,7 @@ class _Walk:
         stats = torch.stack([(positive > hardest).to(self.dtype), positive, hardest], dim=1).mean(dim=2).float()
         # what a logit's gradient, as the passes give it, is of the loss'
         share = 1.0 / (self.problem.size * self.problem.spec.partitions)
-        factor = self.problem.scale * share
+        factor = self.passes[0].problem.scale * share
         d_queries = self.queries.finish(self.weights, factor, self.dtypes[0]) if self.needs.queries else None
         d_docs = self.docs.finish(self.weights, factor, self.dtypes[1]) if self.needs.docs else None
         return Result(loss, stats, d_queries, d_docs, self.d_scale * share if self.needs.scale else None)

@@ -10,7 +10,7 @@ that the next GEMM can read, and none allocates more than a block.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -49,6 +49,8 @@ class Passes(Rows):
 
     def __init__(self, problem: Problem, queries: Tensor, docs: Tensor) -> None:
         super().__init__(queries, docs)
+        if isinstance(problem.scale, Tensor):  # a product with another number would otherwise be rounded to its dtype
+            problem = replace(problem, scale=problem.scale.to(self.dtype))
         self.problem = problem
         # per row, raw similarities: of the positive (which the passes other than `softmax_gradient` are given), and of
         # the hardest negative
