@@ -79,10 +79,11 @@ def pair_logits(
 
 
 def _parts(concatenate: Collection[str]) -> PairParts:
-    known = PairParts._fields
-    if isinstance(concatenate, str) or not set(concatenate) <= set(known) or not concatenate:
-        raise InputError(f"concatenate must name at least one of {list(known)} and nothing else, got {concatenate!r}.")
-    return PairParts(*(name in concatenate for name in known))
+    parts = PairParts(*(name in concatenate for name in PairParts._fields))
+    if isinstance(concatenate, str) or sum(parts) < max(len(concatenate), 1):
+        known = list(PairParts._fields)
+        raise InputError(f"concatenate must name at least one of {known}, each once, got {concatenate!r}.")
+    return parts
 
 
 def _check(first: Tensor, second: Tensor, weight: Tensor, bias: Tensor | None, parts: PairParts) -> None:
@@ -105,6 +106,6 @@ def _check(first: Tensor, second: Tensor, weight: Tensor, bias: Tensor | None, p
         )
     if bias is not None and bias.dtype != weight.dtype:
         raise DtypeError(f"The bias is {bias.dtype} and the weight {weight.dtype}; convert one to the other's dtype.")
-    devices = {x.device for x in (first, second, weight, bias) if x is not None}
-    if len(devices) > 1:
-        raise DeviceError(f"The inputs are on {', '.join(sorted(map(str, devices)))}; move all to one device.")
+    devices = [x.device for x in (first, second, weight, bias) if x is not None]
+    if devices.count(first.device) < len(devices):
+        raise DeviceError(f"The inputs are on {', '.join(map(str, devices))}; move all to one device.")

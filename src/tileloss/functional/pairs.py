@@ -103,19 +103,33 @@ def paired_distance(
 
 
 def _measured(a: Tensor, b: Tensor | Sequence[Tensor], measure: str, eps: float) -> Tensor:
-    others = [b] if isinstance(b, Tensor) else list(b)
+    if isinstance(b, Tensor):
+        return paired_columns(a, [b], measure, eps)[0]
+    return torch.stack(list(paired_columns(a, b, measure, eps)), dim=1)
+
+
+def paired_columns(
+    a: Tensor,  # (B, D)
+    others: Sequence[Tensor],  # N times (B, D)
+    measure: str,
+    eps: float = 0.0,
+) -> Sequence[Tensor]:  # N times (B,)
+    """As `paired_similarity` for several matrices, column by column: for losses that take the columns apart again.
+
+    Args:
+        measure: "cosine", "torch_cosine", "dot" or "angle", which are similarities; "euclidean", "squared_euclidean"
+            and "manhattan" are distances, and not yet minus them.
+    """
     _check(a, others)
     a, *others = _aligned([_dense(a), *map(_dense, others)])
     chosen = _backend(a, others, measure)
+    columns: Sequence[Tensor]
     if chosen != "reference":
-        found = block_pairs(a, others, measure, eps, chosen)
-        found = found.abs() if measure == "angle" else found  # (B,) numbers, whose sign the way back needs
-        return found[0] if isinstance(b, Tensor) else found.T
-    with full_precision(a.device.type):
-        columns = [reference.paired_measure(a, other, measure, eps) for other in others]
-    if measure == "angle":
-        columns = [x.abs() for x in columns]
-    return columns[0] if isinstance(b, Tensor) else torch.stack(columns, dim=1)
+        columns = block_pairs(a, others, measure, eps, chosen).unbind()
+    else:
+        with full_precision(a.device.type):
+            columns = [reference.paired_measure(a, other, measure, eps) for other in others]
+    return [x.abs() for x in columns] if measure == "angle" else columns  # the way back needs the sign
 
 
 def _check(a: Tensor, others: Sequence[Tensor]) -> None:

@@ -95,7 +95,7 @@ class DistillKLDivLoss(nn.Module):
         self._check_columns(embeddings)
         queries, *docs = embeddings
         self._check_labels(labels, len(queries), len(docs))
-        scores = paired_scores(self.similarity_fct, queries, docs)
+        scores = torch.stack(list(paired_scores(self.similarity_fct, queries, docs)), dim=1)
         found = torch.log_softmax(scores / self.student_temperature, dim=1)
         wanted = torch.softmax(labels.detach() / self.teacher_temperature, dim=1)
         if not self._checked_teacher_scale:  # once, because to look at numbers is to wait for the device

@@ -95,8 +95,8 @@ class EmbedDistillLoss(nn.Module):
                 f"There are {len(embeddings)} columns of student embeddings and {len(teacher_embeddings)} of teacher "
                 "embeddings: there must be as many, and at least one."
             )
-        pairs = zip(embeddings, teacher_embeddings, strict=True)
-        return torch.stack([self._distance(student, teacher) for student, teacher in pairs]).mean()
+        distances = [self._distance(*pair) for pair in zip(embeddings, teacher_embeddings, strict=True)]
+        return distances[0] if len(distances) == 1 else torch.stack(distances).mean()
 
     def _distance(
         self,

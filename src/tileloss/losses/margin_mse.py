@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tileloss.errors import MissingError, ShapeError
@@ -67,8 +68,9 @@ class MarginMSELoss(nn.Module):
         expect_columns(self, embeddings, _COLUMNS, more=True)
         queries, *docs = embeddings
         margins = _margins(labels, len(queries), len(docs) - 1)
-        scores = paired_scores(self.similarity_fct, queries, docs)
-        return self.loss_fct(scores[:, :1] - scores[:, 1:], margins)
+        positive, *negatives = paired_scores(self.similarity_fct, queries, docs)
+        found = [positive - negative for negative in negatives]
+        return self.loss_fct(found[0].unsqueeze(1) if len(found) == 1 else torch.stack(found, dim=1), margins)
 
     def get_config_dict(self) -> dict[str, Any]:
         """The settings, as a model card shows them; keys and values are sentence-transformers'."""

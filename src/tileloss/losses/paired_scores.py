@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from tileloss.functional import paired_similarity
-from tileloss.paired import recognise_paired
+from tileloss.functional.pairs import paired_columns
+from tileloss.paired import DISTANCES, recognise_paired
 from tileloss.similarity import SimilarityFn
 
 
@@ -16,13 +15,14 @@ def paired_scores(
     similarity_fct: str | SimilarityFn,
     queries: Tensor,  # (B, D)
     docs: Sequence[Tensor],  # N columns, (B, D) each
-) -> Tensor:  # (B, N)
+) -> Sequence[Tensor]:  # N columns, (B,) each
     """The similarity of query i with row i of each column.
 
     Stock similarities, ours and sentence-transformers', take one pass over the embeddings and return at least float32;
     any other function is called for each column.
     """
     known = recognise_paired(similarity_fct)
-    if isinstance(known, str):
-        return paired_similarity(queries, docs, similarity=known)
-    return torch.stack([known(queries, column) for column in docs], dim=1)
+    if not isinstance(known, str):
+        return [known(queries, column) for column in docs]
+    columns = paired_columns(queries, docs, known)
+    return [-x for x in columns] if known in DISTANCES else columns

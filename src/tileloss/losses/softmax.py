@@ -113,18 +113,12 @@ class SoftmaxLoss(nn.Module):
         )
 
     def _logits(self, first: Tensor, second: Tensor) -> Tensor:
-        parts = self._parts()
-        if not _is_plain(self.classifier):
+        parts, layer = self._parts(), self.classifier
+        if not _is_plain(layer):
             features = pair_features(first, second, parts)
-            weight = getattr(self.classifier, "weight", features)
-            return self.classifier(features.to(weight.dtype))
-        return pair_logits(
-            first,
-            second,
-            self.classifier.weight,
-            self.classifier.bias,
-            concatenate=[name for name, chosen in parts._asdict().items() if chosen],
-        )
+            return layer(features.to(getattr(layer, "weight", features).dtype))
+        names = [name for name, chosen in zip(parts._fields, parts, strict=True) if chosen]
+        return pair_logits(first, second, layer.weight, layer.bias, concatenate=names)
 
     def get_config_dict(self) -> dict[str, Any]:
         """The settings, as a model card shows them; keys and values are sentence-transformers'."""
@@ -143,5 +137,5 @@ class SoftmaxLoss(nn.Module):
 
 def _is_plain(layer: nn.Module) -> bool:
     """Whether calling the layer is no more than a product with its weight, plus its bias."""
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return type(layer).forward is nn.Linear.forward and not any(hooks)
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return type(layer).forward is nn.Linear.forward and not hooked

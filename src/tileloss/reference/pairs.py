@@ -6,6 +6,7 @@ A measure is a similarity or, for the three distances, the distance itself; "ang
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tileloss.paired import DISTANCES, PAIRED, signed_angle
@@ -29,11 +30,12 @@ def paired_measure(
         return signed_angle(a, b)
     if measure not in DISTANCES:
         return PAIRED.functions[measure](a, b)
-    difference = up(a) - up(b)
+    a, b = up(a), up(b)
+    if measure == "squared_euclidean":  # in fewer operations than a difference and its square
+        return F.mse_loss(a + eps if eps else a, b, reduction="none").sum(dim=1)
+    difference = a - b
     if eps:
         difference = difference + eps
     if measure == "manhattan":
         return difference.abs().sum(dim=1)
-    if measure == "squared_euclidean":
-        return difference.square().sum(dim=1)
     return torch.linalg.vector_norm(difference, dim=1)
