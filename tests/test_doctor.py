@@ -144,3 +144,17 @@ def test_choices_are_recorded_by_each_block_for_itself() -> None:
     functional.hardest_negatives(x, x)
     assert [choice.backend for choice in outer] == ["reference", "tiled"]
     assert [choice.backend for choice in inner] == ["tiled"]
+
+
+def test_the_setting_for_kernels_is_as_it_was_afterwards(
+    only: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The doctor does not wait for kernels to be tuned; whoever set the variable keeps it."""
+    only("paired_distance")
+    for setting in (None, "1"):
+        if setting is None:
+            monkeypatch.delenv("TILELOSS_AUTOTUNE", raising=False)
+        else:
+            monkeypatch.setenv("TILELOSS_AUTOTUNE", setting)
+        doctor.examine(CPU)
+        assert doctor.os.environ.get("TILELOSS_AUTOTUNE") == setting

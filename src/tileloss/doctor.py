@@ -14,6 +14,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ OK, NOTE, FAILED = "ok", "note", "failed"
 PACKAGES = ("torch", "triton", "sentence-transformers", "transformers", "accelerate", "datasets")
 SIZES = (32, 2048)  # rows for which the choice of a backend is shown, of embeddings as wide as
 USUAL_WIDTH = 384
+_AUTOTUNE = "TILELOSS_AUTOTUNE"  # read by the kernels, which only Triton can import
 ROWS, WIDTH = 100, 65  # of the self-check: neither fills a block or a tile
 
 
@@ -139,12 +141,10 @@ def triton(device: torch.device) -> Iterator[Finding]:
     from triton import knobs
 
     yield Finding("cache", f"compiled kernels and tuned configurations are kept in {knobs.cache.dir}")
-    if os.environ.get("TILELOSS_AUTOTUNE") == "0":
-        yield Finding("configurations", "the first of each kernel's, untuned (TILELOSS_AUTOTUNE=0)", NOTE)
+    if os.environ.get(_AUTOTUNE) == "0":
+        yield Finding("configurations", f"the first of each kernel's, untuned ({_AUTOTUNE}=0)", NOTE)
     else:
-        yield Finding(
-            "configurations", "tuned at a kernel's first use; with TILELOSS_AUTOTUNE=0 the first one is taken, at once"
-        )
+        yield Finding("configurations", f"tuned at a kernel's first use; {_AUTOTUNE}=0 takes the first one, at once")
 
 
 def backends(device: torch.device) -> Iterator[Finding]:
@@ -166,7 +166,7 @@ def backends(device: torch.device) -> Iterator[Finding]:
 
 def _choice(probe: Callable[[Inputs], Tensor], rows: int, device: torch.device) -> backend.Choice:
     """What a call chooses first, which is what serves its largest matrix."""
-    with backend.recorded() as made, torch.no_grad():
+    with backend.recorded() as made, torch.no_grad(), _untuned():
         probe(inputs(rows, USUAL_WIDTH, torch.float32, device))
     return made[0] if made else backend.Choice("reference", "it has one form alone")
 
@@ -193,7 +193,7 @@ def _value_and_gradients(
 ) -> tuple[list[Tensor], str | None]:
     """A function's value, its gradients for queries and docs, and the backend that served it, if it has several."""
     given = inputs(ROWS, WIDTH, dtype, device)
-    with backend.recorded() as made, backend.use_backend(kind):
+    with backend.recorded() as made, backend.use_backend(kind), _untuned():
         value = probe(given)
         if value.requires_grad:
             # weighted unevenly, so that no part of a gradient cancels
@@ -201,6 +201,19 @@ def _value_and_gradients(
             (value * weights).sum().backward()
     gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in (given.queries, given.docs)]
     return [value.detach(), *gradients], made[0].backend if made else None
+
+
+@contextmanager
+def _untuned() -> Iterator[None]:
+    """Kernels that are loaded in the block take their first configuration: the same numbers, and no tuning."""
+    if _AUTOTUNE in os.environ:
+        yield
+        return
+    os.environ[_AUTOTUNE] = "0"
+    try:
+        yield
+    finally:
+        del os.environ[_AUTOTUNE]
 
 
 def _judged(name: str, errors: Sequence[float], of_the_plain_form: Sequence[float]) -> Finding:
