@@ -61,8 +61,8 @@ class AnglELoss(CoSENTLoss):
             labels = torch.ones(len(queries), device=queries.device)
         of_positives = one_label_each(self, labels, queries, "the similarity to the positive")
         of_negatives = (1 - of_positives).repeat(len(docs) - 1)
-        scores = paired_scores(self.similarity_fct, queries, docs)  # (B, N)
-        return self._ranked(scores.T.flatten(), torch.cat([of_positives, of_negatives]))
+        scores = torch.cat(list(paired_scores(self.similarity_fct, queries, docs)))
+        return self._ranked(scores, torch.cat([of_positives, of_negatives]))
 
     @property
     def citation(self) -> str:
