@@ -103,7 +103,7 @@ def _of_library(losses: ModuleType, workload: Workload) -> Loss:
     loss = loss_class(nn.Identity(), **workload.options)
     if not hasattr(loss, "compute_loss_from_embeddings"):
         return lambda columns: loss(workload.features(columns), workload.labels(columns))
-    of_embeddings: Callable[..., Tensor | dict[str, Tensor]] = loss.compute_loss_from_embeddings  # type: ignore[assignment]
+    of_embeddings: Callable[..., Tensor | dict[str, Tensor]] = loss.compute_loss_from_embeddings
     return lambda columns: _summed(of_embeddings(columns, workload.labels(columns)))
 
 

@@ -24,7 +24,8 @@ def gram_dispersion(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mean and mean square of the similarities (0-dim), the smaller Gram matrix, and the sum of the rows (D,)."""
-    return tuple(tiled.dispersion(embeddings, similarity, _rows(backend)))
+    found = tiled.dispersion(embeddings, similarity, _rows(backend))
+    return found.mean, found.second_moment, found.gram, found.total
 
 
 @gram_dispersion.register_fake

@@ -23,7 +23,7 @@ def sorted_loss(
     """The loss (0-dim), by sorting."""
     if torch.compiler.is_compiling():
         return _ranking(scores, labels)[0]
-    return _Ranking.apply(scores, labels)  # type: ignore[no-any-return]
+    return _Ranking.apply(scores, labels)
 
 
 def _gradient(d_loss: Tensor, scores: Tensor, labels: Tensor, slopes: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ class _Ranking(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor, None]:
         return _gradient(d_loss, *ctx.saved_tensors), None
 
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from tileloss.errors import InputError
-from tileloss.functional import dispersion
+from tileloss.functional.dispersion import dispersion
 from tileloss.losses import citations
 from tileloss.losses.columns import embed_columns, expect_columns
 from tileloss.similarity import SimilarityFn, cos_sim, similarity_fct_name
 
-_AGGREGATIONS = {"mean": torch.mean, "sum": torch.sum}
+_AGGREGATIONS = ("mean", "sum")
 
 
 class GlobalOrthogonalRegularizationLoss(nn.Module):
@@ -85,13 +85,18 @@ class GlobalOrthogonalRegularizationLoss(nn.Module):
         """
         expect_columns(self, embeddings, ("text",), more=True)
         means, second_moments = zip(*map(self.compute_gor, embeddings), strict=True)
-        aggregate = _AGGREGATIONS[self.aggregation]
         terms = {}
         if self.mean_weight:
-            terms["gor_mean"] = self.mean_weight * aggregate(torch.stack(means))
+            terms["gor_mean"] = self.mean_weight * self._aggregated(torch.stack(means))
         if self.second_moment_weight:
-            terms["gor_second_moment"] = self.second_moment_weight * aggregate(torch.stack(second_moments))
+            terms["gor_second_moment"] = self.second_moment_weight * self._aggregated(torch.stack(second_moments))
         return terms
+
+    def _aggregated(
+        self,
+        terms: Tensor,  # (columns,)
+    ) -> Tensor:
+        return terms.sum() if self.aggregation == "sum" else terms.mean()
 
     def compute_gor(
         self,
