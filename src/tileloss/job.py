@@ -131,6 +131,8 @@ class TrainArguments(TrainingArguments):
         for name, (for_static, for_others) in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, for_static if static else for_others)
+        if static and self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # it has one parameter, which every text uses
         # pinned memory speeds up copies to an accelerator; without one it is a warning in every run
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
 
@@ -156,13 +158,20 @@ def loss_class(name: str) -> str:
 
 
 def make_loss(
-    name: str, options: str, model: nn.Module, *, margin: float | None = None, distance: str | None = None
+    name: str,
+    options: str,
+    model: nn.Module,
+    *,
+    margin: float | None = None,
+    distance: str | None = None,
+    gather: bool = False,
 ) -> nn.Module:
     """The loss called `name`, around `model`, with the arguments in the JSON object `options`.
 
     Similarities are given by name ("cosine", "dot", "euclidean", "manhattan"), and so are the distances of losses that
     learn from labels ("euclidean", "cosine"), and the loss that another one is put around. `margin` and `distance` are
-    arguments too, where they are not None.
+    arguments too, where they are not None. With `gather`, a loss that can gather across devices does, unless the
+    options say otherwise.
 
     Raises:
         InputError: for an unknown loss or argument, one that is missing or given twice, or options that are no JSON
@@ -182,11 +191,13 @@ def make_loss(
         if argument in arguments:
             raise InputError(f"{argument!r} is given twice, as --{option} and in --loss_options; leave one out.")
         arguments[argument] = value
+    if gather and "gather_across_devices" in parameters:
+        arguments.setdefault("gather_across_devices", True)
     needed = [key for key, value in parameters.items() if value.default is value.empty and key not in arguments]
     if needed:
         raise InputError(f"--loss {name} needs {needed[0]!r}: give it in --loss_options, or train from Python.")
     if isinstance(inner := arguments.get("loss"), str):
-        arguments["loss"] = make_loss(inner, "{}", model)
+        arguments["loss"] = make_loss(inner, "{}", model, gather=gather)
     return kind(model, **(arguments | _named_functions(kind.__name__, arguments)))
 
 

@@ -4,11 +4,13 @@ Problem: whether a loss is worth having shows only in a whole run. Method: one c
 where the loss learns from labels (by default the Python code installed here), makes an encoder (by default a static
 one, learned from nothing), trains it with any loss of `tileloss.losses`, evaluates on held-out texts before, during
 and after, and leaves the model, its curves and its figures in a folder. Trade-off: the defaults suit that first run;
-every argument of the Trainer can be set.
+every argument of the Trainer can be set. Started by torchrun or accelerate, every process trains on its own part of
+each batch, and a loss that can gather across devices does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -64,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("tileloss").setLevel(logging.INFO)
     job, args = parse(argv)
-    run(job, args)
+    # of several processes one speaks for all
+    with contextlib.nullcontext() if args.process_index == 0 else contextlib.redirect_stdout(None):
+        run(job, args)
     return 0
 
 
@@ -86,7 +90,9 @@ def run(job: TrainJob, args: TrainArguments) -> dict[str, Any]:
     print(_contents(data, unit))
     encoder = make_encoder(job, data, args.resume_from_checkpoint)
     args.fill(static=isinstance(encoder, StaticEncoder), labelled=job.labelled)
-    loss = make_loss(job.loss, job.loss_options, encoder, margin=job.margin, distance=job.distance)
+    loss = make_loss(
+        job.loss, job.loss_options, encoder, margin=job.margin, distance=job.distance, gather=args.world_size > 1
+    )
     trainer = EmbeddingTrainer(
         encoder, args, loss, data.train, data.held_out, text_columns=data.text_columns,
         labelled=Labelled(job.per_label, data.group_column) if job.labelled else None,
@@ -104,7 +110,8 @@ def run(job: TrainJob, args: TrainArguments) -> dict[str, Any]:
     history = [{**before, "step": 0}, *trainer.state.log_history]
     folder = Path(args.output_dir)
     trainer.save_model(str(folder / "model"))
-    costs = _compare(trainer) if job.compare_materialised and trainer.is_world_process_zero() else {}
+    # a loss of several processes cannot be measured by one
+    costs = _compare(trainer) if job.compare_materialised and args.world_size == 1 else {}
     figures = {
         "before": {name: before[f"eval_{name}"] for name in names},
         "after": {name: after[f"eval_{name}"] for name in names},
