@@ -23,8 +23,8 @@ from tileloss.similarity import full_precision
 _OBSTACLES = {"triton": "the classifier over pairs has no kernels: it is GEMMs of PyTorch's on every device"}
 
 # numbers in one side's embeddings to one of the similarities by which backends are chosen: measured on two CPU cores,
-# where both forms take the same time at about 340 pairs of width 768
-_NUMBERS_PER_SIMILARITY = 4
+# where both forms take the same time at about 200 pairs of width 768
+_NUMBERS_PER_SIMILARITY = 3
 
 
 @backend.accepts_backend
@@ -75,7 +75,7 @@ def pair_logits(
     if chosen == "reference" or first.numel() == 0:  # without numbers there are no blocks
         with full_precision(first.device.type):
             return definition(first, second, weight, bias, parts)
-    return block_pair_logits(first, second, weight, bias, list(parts))
+    return block_pair_logits(first, second, weight, bias, parts)
 
 
 def _parts(concatenate: Collection[str]) -> PairParts:

@@ -6,7 +6,7 @@ through the materialised definition instead.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,25 +18,47 @@ from tileloss.similarity import full_precision
 from tileloss.tiled import pair_classifier as tiled
 
 
-@torch.library.custom_op("tileloss::pair_logits", mutates_args=())
 def block_pair_logits(
     first: Tensor,  # (B, D)
     second: Tensor,  # (B, D)
     weight: Tensor,  # (C, K D)
     bias: Tensor | None,  # (C,)
-    parts: list[bool],  # as PairParts has them
-) -> Tensor:
-    """Logits (B, C) over row blocks."""
+    parts: PairParts,
+) -> Tensor:  # (B, C)
+    """The logits over row blocks, as a node of the autograd graph."""
+    if torch.compiler.is_compiling():
+        return _pair_logits(first, second, weight, bias, list(parts))
+    return _PairLogits.apply(first, second, weight, bias, parts)
+
+
+class _PairLogits(torch.autograd.Function):
+    """The operator's node for eager calls, which small batches wait for a fraction of the time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, first: Tensor, second: Tensor, weight: Tensor, bias: Tensor | None, parts: PairParts
+    ) -> Tensor:
+        ctx.parts = parts
+        ctx.save_for_backward(first, second, weight, bias)
+        return tiled.pair_logits(first, second, weight, bias, parts)
+
+    @staticmethod
+    def backward(ctx: Any, d_logits: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, d_logits, tiled.pair_logits_backward)
+
+
+@torch.library.custom_op("tileloss::pair_logits", mutates_args=())
+def _pair_logits(first: Tensor, second: Tensor, weight: Tensor, bias: Tensor | None, parts: list[bool]) -> Tensor:
     return tiled.pair_logits(first, second, weight, bias, PairParts(*parts))
 
 
-@block_pair_logits.register_fake
+@_pair_logits.register_fake
 def _shapes(first: Tensor, second: Tensor, weight: Tensor, bias: Tensor | None, parts: list[bool]) -> Tensor:
     return weight.new_empty(first.shape[0], weight.shape[0])
 
 
 @torch.library.custom_op("tileloss::pair_logits_backward", mutates_args=())
-def _block_pair_logits_backward(
+def _pair_logits_backward(
     d_logits: Tensor, first: Tensor, second: Tensor, weight: Tensor, parts: list[bool], needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     found = tiled.pair_logits_backward(d_logits, first, second, weight, PairParts(*parts), needs)
@@ -45,7 +67,7 @@ def _block_pair_logits_backward(
     return d_first, d_second, d_weight, d_bias
 
 
-@_block_pair_logits_backward.register_fake
+@_pair_logits_backward.register_fake
 def _backward_shapes(
     d_logits: Tensor, first: Tensor, second: Tensor, weight: Tensor, parts: list[bool], needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -62,16 +84,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(first, second, weight, bias)
 
 
-def _backward(ctx: Any, d_logits: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, d_logits: Tensor, run: Callable[..., Sequence[Tensor | None]]) -> tuple[Tensor | None, ...]:
     first, second, weight, bias = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:4])
     if torch.is_grad_enabled():
         return *_through_definition(d_logits, (first, second, weight, bias), ctx.parts, needs), None
-    found = torch.ops.tileloss.pair_logits_backward(d_logits, first, second, weight, ctx.parts, needs)
+    found = run(d_logits, first, second, weight, ctx.parts, needs)
     return *(g if need else None for g, need in zip(found, needs, strict=True)), None
 
 
-block_pair_logits.register_autograd(_backward, setup_context=_setup_context)
+_pair_logits.register_autograd(
+    lambda ctx, d_logits: _backward(ctx, d_logits, _pair_logits_backward), setup_context=_setup_context
+)
 
 
 def _through_definition(
