@@ -119,8 +119,8 @@ class _Walk:
         if stock is not None:
             self.left[path] = f"{type(module).__name__} is a subclass of {stock}, and may compute something else"
         for name, child in list(module._modules.items()):
-            if child is not None:
-                module._modules[name] = self.module(child, f"{path}.{name}")
+            if child is not None and (new := self.module(child, f"{path}.{name}")) is not child:
+                module._modules[name] = new
         return module
 
     def _rebuilt(self, old: nn.Module, path: str) -> nn.Module:
