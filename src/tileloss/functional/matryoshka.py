@@ -60,8 +60,8 @@ def matryoshka_contrastive_loss(
     Cost:
         Three GEMMs of B x M x D for query_to_doc forward and backward, whatever K is, four with doc_to_query; and K
         times the elementwise work of one width. On the tensor cores of a GPU, three GEMMs of B x M x d for each width
-        d. Memory beside inputs and gradients: a copy of the inputs, and K + 1 blocks of 16 MB together on a CPU and
-        224 MB on a GPU, or of 256 rows each where that is more.
+        d. Memory beside inputs and gradients: K + 1 blocks of 16 MB together on a CPU and 224 MB on a GPU, or of 256
+        rows each where that is more; and a copy of inputs that are narrower than float32 or not contiguous.
 
     Source:
         Kusupati et al. 2022 (arXiv 2205.13147), over van den Oord et al. 2018 (1807.03748).

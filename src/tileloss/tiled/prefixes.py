@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tileloss.similarity import NORM_FLOOR
+from tileloss.tiled import onednn
 
 
 @dataclass
@@ -20,7 +21,7 @@ class Prefixes:
     """One set of rows under K prefix widths, and the parts of their gradient under way.
 
     Attributes:
-        segments: K times (N, W_k), contiguous: what width k adds to the width before it.
+        segments: K times (N, W_k): what width k adds to the width before it.
         columns: K times, where a segment stands in its row.
         inverse: (K, N), one over the prefix' norm, which is clamped at 1e-12.
         slope: (K, N), the square of `inverse`, and zero where the clamp makes the norm a constant.
@@ -43,9 +44,10 @@ class Prefixes:
         dtype: torch.dtype,  # of segments and sums
         wanted: bool,  # whether the rows need a gradient
     ) -> Prefixes:
-        """Cut the rows; memory: a copy of them, and as much for the gradient where it is wanted."""
-        columns = segments(dims)
-        parts = [x[:, place].to(dtype).contiguous() for place in columns]
+        """Cut the rows; memory: that of a wanted gradient, and a copy of rows that cannot serve as they are given."""
+        columns, x = segments(dims), x.to(dtype).contiguous()
+        parts = [x[:, place] for place in columns]
+        parts = [part.contiguous() if onednn.serves(part) else part for part in parts]  # which wants them dense
         norms = torch.stack([torch.linalg.vector_norm(part, dim=1) for part in parts])
         norms = norms.square_().cumsum_(0).sqrt_()
         inverse = norms.clamp_min(NORM_FLOOR).reciprocal_()
