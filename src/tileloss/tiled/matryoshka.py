@@ -60,7 +60,8 @@ def matryoshka_contrastive_loss(
     """The loss, its statistics (K, 3) and its gradients, as `tileloss.reference.matryoshka` defines them.
 
     Memory beside the inputs: a gradient for each side that needs one, K + 1 blocks of similarities of bounded size
-    together, and a copy of inputs that are narrower than the sums, not contiguous, or for oneDNN to multiply. Time: three GEMMs of B x M x D, or four with doc_to_query.
+    together, and a copy of inputs that are narrower than the sums, not contiguous, or for oneDNN to multiply.
+    Time: three GEMMs of B x M x D, or four with doc_to_query.
     """
     with full_precision(queries.device.type):
         return _Walk(queries, docs, problem, dims, weights, needs, passes_class, prefix_passes or PrefixPasses()).run()
