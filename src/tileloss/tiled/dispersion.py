@@ -59,13 +59,17 @@ def dispersion(
             return Found(gram.sum() / pairs, _square(gram) / pairs, gram, rows.sum(dim=0))
         gram = torch.zeros(width, width, dtype=measure.rows.dtype, device=embeddings.device)
         total, diagonal, diagonal_squares = gram.new_zeros(width), gram.new_zeros(()), gram.new_zeros(())
+        half = width // 2
         for block in embeddings.split(_step(embeddings, measure)):
             rows, _ = measure.prepare(block)
-            accumulate(gram, rows.t(), rows)
+            # one of the corners off the diagonal is the other's transpose, and can wait
+            accumulate(gram[:half], rows[:, :half].t(), rows)
+            accumulate(gram[half:, half:], rows[:, half:].t(), rows[:, half:])
             total += rows.sum(dim=0)
             squares = _squares(rows)
             diagonal += squares.sum()
             diagonal_squares += _square(squares)
+        gram[half:, :half] = gram[:half, half:].t()
         return Found((_square(total) - diagonal) / pairs, (_square(gram) - diagonal_squares) / pairs, gram, total)
 
 
