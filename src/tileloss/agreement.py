@@ -37,7 +37,8 @@ def agree(
         ShapeError, DtypeError, InputError: on every process, when `prepare` raised on another, or descriptions differ.
     """
     error: Exception | None = None
-    rows, meant, value = 0, {}, None
+    value, rows = None, 0
+    meant: Mapping[str, Any] = {}
     try:
         value = prepare()
         rows, meant = describe(value)

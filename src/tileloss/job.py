@@ -118,6 +118,9 @@ class TrainArguments(TrainingArguments):
         default=True, metadata={"help": "leave out an epoch's incomplete batch, which has fewer negatives"}
     )
     dataloader_pin_memory: bool = field(default=True, metadata={"help": "pin memory where an accelerator is there"})
+    ddp_find_unused_parameters: bool | None = field(
+        default=None, metadata={"help": "with several processes, look for parameters without a gradient [static: no]"}
+    )
     report_to: str = field(default="none", metadata={"help": "trackers to report to, such as tensorboard"})
 
     def fill(self, static: bool, labelled: bool = False) -> None:
@@ -127,12 +130,11 @@ class TrainArguments(TrainingArguments):
             "per_device_eval_batch_size": (1024, 64),
             "learning_rate": (0.2, 2e-5),
             "num_train_epochs": (10 if labelled else 6, 1),
+            "ddp_find_unused_parameters": (False, None),  # a static model's one parameter is always used
         }
         for name, (for_static, for_others) in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, for_static if static else for_others)
-        if static and self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = False  # it has one parameter, which every text uses
         # pinned memory speeds up copies to an accelerator; without one it is a warning in every run
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
 
