@@ -20,7 +20,7 @@ _ROWS, _COLUMNS = 32, 128
 
 
 @triton.jit
-def prefix_cosines_of_products_kernel(
+def prefix_norms_fwd_kernel(
     product_ptr,  # (R, C)
     left_ptr,  # (R,): one over the norms
     right_ptr,  # (C,)
@@ -78,7 +78,7 @@ class TritonPrefixPasses(PrefixPasses):
     def cosines(self, product: Tensor, left: Tensor, right: Tensor, out: Tensor) -> None:
         rows, columns = product.shape
         launch(
-            prefix_cosines_of_products_kernel, _grid(rows, columns), product, left, right, out, rows, columns,
+            prefix_norms_fwd_kernel, _grid(rows, columns), product, left, right, out, rows, columns,
             product.stride(0), out.stride(0), ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=4,
         )  # fmt: skip
 

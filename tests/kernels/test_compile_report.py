@@ -32,6 +32,12 @@ def test_every_kernel_is_in_it(gpu: str) -> None:
         "pairwise_bwd_kernel",
         "manhattan_fwd_kernel",
         "manhattan_bwd_kernel",
+        "prefix_norms_fwd_kernel",
+        "prefix_norms_bwd_kernel",
+        "prefix_cosines_fwd_kernel",
+        "prefix_cosines_bwd_kernel",
+        "pairs_fwd_kernel",
+        "pairs_bwd_kernel",
         "triplet_masks_fwd_kernel",
     }
     for kernel in {job.kernel for job in jobs}:
