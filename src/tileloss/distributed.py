@@ -150,7 +150,6 @@ def _warn_once(message: str) -> None:
         logger.warning(message)
 
 
-@torch.compiler.disable
 def _contrastive(
     inputs: Callable[[], dict[str, Any]], exchange: str, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, ContrastiveStats]:
@@ -158,6 +157,13 @@ def _contrastive(
         raise InputError(f"exchange must be one of {list(EXCHANGES)}, got {exchange!r}.")
     if not is_distributed(group):
         return contrastive.contrastive_loss_with_stats(**inputs())
+    # no compiler follows an exchange of sizes; told so here, because telling it loads the compiler
+    return torch.compiler.disable(_over_processes)(inputs, exchange, group)
+
+
+def _over_processes(
+    inputs: Callable[[], dict[str, Any]], exchange: str, group: dist.ProcessGroup | None
+) -> tuple[Tensor, ContrastiveStats]:
     call, sizes = agree(
         lambda: _checked(**inputs()), lambda call: (len(call.queries), _meaning(call, exchange)), group
     )
