@@ -71,7 +71,7 @@ def pair_logits(
     parts = _parts(concatenate)
     _check(first, second, weight, bias, parts)
     first, second = (x if x.layout is torch.strided else x.to_dense() for x in (first, second))
-    # only by name is Triton refused: of an automatic choice it means no more than blocks, which is the fastest there is
+    # Triton is refused by name alone: of an automatic choice it means blocks, and those are the fastest there is
     obstacles = _OBSTACLES if backend.requested() == "triton" else None
     chosen = backend.choose(first, first.numel() // _NUMBERS_PER_SIMILARITY, obstacles).backend
     if chosen == "reference" or first.numel() == 0:  # without numbers there are no blocks
