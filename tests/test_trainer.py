@@ -10,7 +10,7 @@ from torch import nn
 
 from tileloss.errors import InputError
 from tileloss.evaluation import LabelTask, RetrievalTask, label_metrics
-from tileloss.losses import MultipleNegativesRankingLoss
+from tileloss.losses import GlobalOrthogonalRegularizationLoss, MultipleNegativesRankingLoss
 from tileloss.similarity import SIMILARITIES, dot_score
 
 transformers = pytest.importorskip("transformers")
@@ -156,6 +156,17 @@ def test_the_real_statistics_are_logged_beside_the_loss(tmp_path):
     for record in records:
         assert {"accuracy", "positive_similarity", "hardest_negative_similarity"} <= record.keys()
     assert records[-1]["accuracy"] > records[0]["accuracy"]
+
+
+def test_a_loss_may_give_its_terms_by_name(tmp_path):
+    """The spread of the texts: the terms are summed, trained, and logged by their names."""
+    encoder = _encoder()
+    trainer = _trainer(tmp_path, encoder, GlobalOrthogonalRegularizationLoss(encoder, mean_weight=10.0))
+    trainer.train()
+    records = [record for record in trainer.state.log_history if "loss" in record]
+    for record in records:
+        assert record["gor_mean"] + record["gor_second_moment"] == pytest.approx(record["loss"], abs=1e-4)
+    assert records[-1]["loss"] < 0.9 * records[0]["loss"]
 
 
 def test_a_temperature_of_the_loss_is_trained_with_fresh_gradients_each_step(tmp_path):

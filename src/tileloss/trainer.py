@@ -75,8 +75,9 @@ class EmbeddingTrainer(Trainer):
         model: any module that maps a feature dict to one with "sentence_embedding" (B, D): an encoder of
             `tileloss.encoder`, a SentenceTransformer, or your own.
         args: as for the Trainer. `remove_unused_columns` is switched off: the columns are chosen here.
-        loss: a module that is called as `loss(features, labels)` with a list of feature dicts and returns a scalar.
-            It holds `model` as a submodule; parameters of its own (a learnable temperature) are trained and saved too.
+        loss: a module that is called as `loss(features, labels)` with a list of feature dicts and returns a scalar, or
+            a dict of scalars, which are summed. It holds `model` as a submodule; parameters of its own (a learnable
+            temperature) are trained and saved too.
         train_dataset: rows with text columns (anchor, positive, then any negatives) and perhaps "label" or "labels".
         eval_dataset: rows like those, or a dict of such datasets; see `evaluate`.
         text_columns: the text columns in order; by default all columns but the label.
@@ -181,12 +182,19 @@ class EmbeddingTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss of one batch. Its `stats`, where it has any, are averaged into the next log entry."""
+        """The loss of one batch: its terms' sum, where it gives terms by name.
+
+        The terms, and the loss's `stats`, where it has any, are averaged into the next log entry.
+        """
         self._use_in_loss(model)
         loss = self.loss(inputs["features"], inputs.get("labels"))
         stats = getattr(self.loss, "stats", None)
-        if stats is not None and model.training:
-            for name, value in stats._asdict().items():
+        shown = {} if stats is None else stats._asdict()
+        if isinstance(loss, dict):
+            shown |= loss
+            loss = torch.stack(list(loss.values())).sum()
+        if shown and model.training:
+            for name, value in shown.items():
                 self._stats[name] = self._stats.get(name, 0.0) + value.detach()
             self._stats_steps += 1
         return (loss, {}) if return_outputs else loss
