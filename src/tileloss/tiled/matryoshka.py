@@ -227,6 +227,8 @@ class _Walk:
     ) -> None:
         """Add to the gradients of both sides, segment by segment, from the sum over the widths that reach it."""
         columns, left, right = _columns(tile), matrix.left, matrix.right
+        if left.gradient is None and right.gradient is None:
+            return
         factors = left.inverse[:, tile.rows] * self.weights[:, None]
         total = grads[-1].mul_(factors[-1, :, None])
         for k in reversed(range(len(grads))):
