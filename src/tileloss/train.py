@@ -84,7 +84,7 @@ def run(job: TrainJob, args: TrainArguments) -> dict[str, Any]:
     transformers.set_seed(args.seed)
     data = load_data(
         job.data, text_columns=job.text_columns, held_out=job.held_out, labelled=job.labelled, workers=_workers(),
-        progress=True,
+        progress=args.process_index == 0,
     )  # fmt: skip
     unit, names = ("texts", LABEL_METRICS) if job.labelled else ("pairs", METRICS)
     print(_contents(data, unit))

@@ -309,7 +309,10 @@ def test_copies_and_pickles() -> None:
         assert torch.equal(twin.compute_loss_from_embeddings(embeddings), value)
 
 
-def test_gathering_in_one_process_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_gathering_in_one_process_changes_nothing(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tileloss.distributed, "_warned", False)
     embeddings = columns(5, 0, 3)
     with caplog.at_level(logging.WARNING):
         found = MultipleNegativesRankingLoss(Identity(), gather_across_devices=True).compute_loss_from_embeddings(
