@@ -92,10 +92,12 @@ def signed_angle(
     b: Tensor,  # (B, D)
 ) -> Tensor:  # (B,)
     """Cosine plus sine, as `pairwise_angle_sim` has them before it takes the absolute value."""
-    a, b = (F.pad(x, (0, x.shape[-1] % 2)) for x in (_numbers(a), _numbers(b)))
-    (a_real, a_imaginary), (b_real, b_imaginary) = (x.chunk(2, dim=-1) for x in (_unit(a), _unit(b)))
-    cosine = (a_real * b_real + a_imaginary * b_imaginary).sum(dim=-1)
-    return cosine + (a_imaginary * b_real - a_real * b_imaginary).sum(dim=-1)
+    a, b = _numbers(a), _numbers(b)
+    if a.shape[-1] % 2:
+        a, b = (F.pad(x, (0, 1)) for x in (a, b))
+    real, imaginary = _unit(b).chunk(2, dim=-1)
+    # a * conj(b), real part and imaginary part, summed as one product
+    return (_unit(a) * torch.cat([real - imaginary, real + imaginary], dim=-1)).sum(dim=-1)
 
 
 # what is measured as a distance, and is a similarity with a minus sign
