@@ -123,6 +123,11 @@ class TrainArguments(TrainingArguments):
     )
     report_to: str = field(default="none", metadata={"help": "trackers to report to, such as tensorboard"})
 
+    def __post_init__(self) -> None:
+        # without saying so, processes that a launcher starts on a machine without accelerators would not join
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        super().__post_init__()
+
     def fill(self, static: bool, labelled: bool = False) -> None:
         """Give what was left open its default for a static model, on pairs or labels, or for a transformers model."""
         defaults = {

@@ -34,7 +34,7 @@ def pairs(tmp_path: Path) -> Path:
 
 def options(pairs: Path, folder: Path, batch: int) -> list[str]:
     settings = {
-        "data": pairs, "output_dir": folder, "per_device_train_batch_size": batch, "dimension": 16, "use_cpu": True,
+        "data": pairs, "output_dir": folder, "per_device_train_batch_size": batch, "dimension": 16,
         "num_train_epochs": 2, "logging_steps": 1, "eval_strategy": "no", "compare_materialised": False,
         "disable_tqdm": True,
     }  # fmt: skip
