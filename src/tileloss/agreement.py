@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from tileloss.collectives import backends
 from tileloss.errors import DtypeError, InputError, ShapeError
 
 T = TypeVar("T")
@@ -77,6 +78,8 @@ def _disagreement(told: list[tuple[str | None, dict[str, Any]]]) -> InputError:
 
 def _device(group: dist.ProcessGroup | None) -> torch.device:
     """Where the group can exchange a few numbers: on the CPU if it can, for there nothing waits for a GPU."""
-    if "nccl" in (backend := dist.get_backend(group)) and "gloo" not in backend:
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+    devices = backends(group)
+    if "cpu" in devices:
+        return torch.device("cpu")
+    kind = next(iter(devices))
+    return torch.device(kind, torch.get_device_module(kind).current_device())

@@ -23,6 +23,11 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+def backends(group: dist.ProcessGroup | None) -> dict[str, str]:
+    """The backend of each kind of device that the group can exchange tensors of: {"cuda": "nccl"}."""
+    return dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
+
+
 class GroupPart(Part):
     """The rows of this process, of a batch whose process r has `sizes[r]` queries."""
 
@@ -35,7 +40,7 @@ class GroupPart(Part):
         self.sizes, self.firsts = list(sizes), [0, *accumulate(sizes)][:-1]
         self.first = self.firsts[self.rank]
         self.last = self.first + sizes[self.rank]
-        self.in_one_call = len(set(sizes)) == 1 and "gloo" not in dist.get_backend(group)
+        self.in_one_call = len(set(sizes)) == 1 and "gloo" not in backends(group).values()
 
     def total(self, docs: int) -> int:
         return docs // self.count * self.size

@@ -164,6 +164,31 @@ def equal_parts_in_one_call() -> None:
 
 
 @case
+def size_decides_between_gathering_and_the_ring() -> None:
+    """By gathered documents and the sums of their gradient: rows of 5 float64, twice; queries count where gathered."""
+    ways, made = [], collectives.GroupPart.__init__
+
+    def noted(self: collectives.GroupPart, sizes: list[int], group: Any, is_ring: bool) -> None:
+        ways.append(is_ring)
+        made(self, sizes, group, is_ring)
+
+    batch = Batch.random(3, False)
+    gathered = 2 * sum(batch.sizes) * 5 * (8 + 8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collectives.GroupPart, "__init__", noted)
+        for limit, directions in ((gathered, CROSS), (gathered - 1, CROSS), (gathered, DIRECTIONS)):
+            patch.setattr(distributed, "RING_FROM_BYTES", limit)
+            compare_with_one_process_by("auto", batch, directions)
+    assert ways == [False, True, True]
+
+
+def compare_with_one_process_by(exchange: str, batch: Batch, directions: tuple[str, ...]) -> None:
+    whole, _ = outcome(functools.partial(functional.contrastive_loss, directions=directions), batch.columns)
+    found, _ = outcome(shared(exchange, directions=directions), batch.part)
+    assert_is_part_of(found, whole, batch)
+
+
+@case
 def a_group_of_some() -> None:
     """Ranks in the group are not ranks among all."""
     members = [1, 3]
