@@ -27,8 +27,9 @@ from tileloss.tiled.passes import NEG_INF
 from tileloss.tiled.prefix_passes import PrefixPasses
 from tileloss.tiled.prefixes import Prefixes
 
-# bytes of the part of a block that elementwise operations go through at a time: it and two more fit a core's cache
-_PART_BYTES = 1 << 20
+# bytes of the part of a block that elementwise operations go through at a time: large enough that threads meet seldom,
+# and small enough for the caches of the cores that share it. From a quarter of this to twice of it the time is the same
+_PART_BYTES = 2 << 20
 
 # what is done with the cosines of one width: from (k, tiles, block) to the gradients of each tile's logits, if any
 Visit = Callable[[int, Sequence[Tile], Tensor], Sequence[Tensor]]
