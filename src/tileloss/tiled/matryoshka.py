@@ -27,8 +27,8 @@ from tileloss.tiled.passes import NEG_INF
 from tileloss.tiled.prefix_passes import PrefixPasses
 from tileloss.tiled.prefixes import Prefixes
 
-# bytes of the part of a block that elementwise operations go through at a time: large enough that threads meet seldom,
-# and small enough for the caches of the cores that share it. From a quarter of this to twice of it the time is the same
+# bytes of the part of a block that elementwise operations go through at a time: large enough that threads seldom wait
+# for each other, and small enough for their cores' caches. On one core half of this and twice of it take the same time
 _PART_BYTES = 2 << 20
 
 # what is done with the cosines of one width: from (k, tiles, block) to the gradients of each tile's logits, if any
