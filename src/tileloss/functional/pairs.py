@@ -20,9 +20,9 @@ from tileloss.paired import DISTANCES, PAIRED
 from tileloss.similarity import full_precision
 
 _SIMILARITIES = tuple(PAIRED.functions)
-# of a number, against one of a cosine, whose blocks pay from 64 rows of 768 on a CPU: what autograd does for products
-# and distances is little more than has to be, so that theirs pay from 512 rows on; what it does for angles is most
-_WORTH = dict.fromkeys(("dot", *DISTANCES), 1 / 8) | {"angle": 6.0}
+# of a number, against one of a similarity in a matrix: on a CPU blocks of cosines and angles pay from 25 rows of 768;
+# what autograd does for products and distances is little more than has to be, so that theirs pay from 700 on
+_WORTH = dict.fromkeys(("dot", *DISTANCES), 1 / 8) | dict.fromkeys(("cosine", "torch_cosine", "angle"), 3.5)
 _METRICS = (*DISTANCES, "cosine", "torch_cosine")
 
 
@@ -125,7 +125,8 @@ def paired_columns(
     chosen = _backend(a, others, measure)
     columns: Sequence[Tensor]
     if chosen != "reference":
-        columns = block_pairs(a, others, measure, eps, chosen).unbind()
+        found = block_pairs(a, others, measure, eps, chosen)
+        columns = found.unbind() if len(others) > 1 else [found.squeeze(0)]
     else:
         with full_precision(a.device.type):
             columns = [reference.paired_measure(a, other, measure, eps) for other in others]

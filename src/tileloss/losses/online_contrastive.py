@@ -100,12 +100,9 @@ def _of_hard_pairs(
     values = distances.detach()
     far = torch.where(positive, values, float("-inf")).amax()
     near = torch.where(negative, values, float("inf")).amin()
-    is_hard_positive = positive & (values > torch.where(negative.any(), near, _mean_where(values, positive)))
-    is_hard_negative = negative & (values < torch.where(positive.any(), far, _mean_where(values, negative)))
-    pulled = torch.where(is_hard_positive, distances, 0.0)
+    counted = positive | negative
+    mean = torch.where(counted, values, 0.0).sum() / counted.sum()  # asked for where all have the same label
+    is_hard_positive = positive & (values > torch.where(near == float("inf"), mean, near))
+    is_hard_negative = negative & (values < torch.where(far == float("-inf"), mean, far))
     pushed = torch.where(is_hard_negative, F.relu(margin - distances), 0.0)
-    return pulled.square().sum() + pushed.square().sum()
-
-
-def _mean_where(values: Tensor, chosen: Tensor) -> Tensor:
-    return torch.where(chosen, values, 0.0).sum() / chosen.sum()
+    return torch.where(is_hard_positive, distances, pushed).square().sum()

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tileloss.functional import paired_distance
+from tileloss.functional.pairs import paired_columns
 from tileloss.losses import citations
 from tileloss.losses.columns import embed_columns, expect_columns
 from tileloss.losses.distance_metrics import DistanceFn, metric_name, stock_name
@@ -100,11 +101,13 @@ class TripletLoss(nn.Module):
         """The loss (0-dim) of embeddings (B, D) of the three columns, in the order anchor, positive, negative."""
         expect_columns(self, embeddings, _COLUMNS)
         anchors, *others = embeddings
-        name = stock_name(self.distance_metric, TripletDistanceMetric)
-        if name:
-            to_positive, to_negative = paired_distance(anchors, others, metric=name.lower()).unbind(dim=1)
+        measure = stock_name(self.distance_metric, TripletDistanceMetric).lower()
+        if measure:
+            to_positive, to_negative = paired_columns(anchors, others, measure)
         else:
             to_positive, to_negative = (self.distance_metric(anchors, other) for other in others)
+        if measure == "cosine":  # a similarity: the distances, one minus these, differ by as much the other way
+            to_positive, to_negative = to_negative, to_positive
         return F.relu(to_positive - to_negative + self.triplet_margin).mean()
 
     def get_config_dict(self) -> dict[str, Any]:

@@ -3,12 +3,13 @@
 Every measure is a sum over the width. Its terms are made in a block of scratch memory, summed and overwritten, so that
 nothing of the inputs' size is allocated. The way back needs no more than the inputs and a few numbers a row. Through a
 cosine the gradient of a row is a combination of the two rows, through a distance a multiple of their difference or its
-signs; both are written block by block to where they belong.
+signs; both are written block by block to where they belong. A batch that is one block goes without slices and scratch
+memory, whose time it would feel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -30,25 +31,20 @@ def paired_measure(
     measure: str,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """The measures (N, B), and what the way back needs of the norms (1 + N, B); no rows of the latter without cosines.
+    """The measures (N, B), and the norms (1 + N, B) of all rows; no rows of the latter unless for cosines.
 
     As `tileloss.reference.pairs` defines them, but that "angle" has its sign.
     """
     dtype = Rows(a, *others).dtype
-    found = torch.empty(len(others), len(a), dtype=dtype, device=a.device)
-    norms = found.new_empty(1 + len(others) if measure in NORM_CLAMPS else 0, len(a))
-    for rows, scratch in _blocks(a, dtype):
-        x = a[rows].to(dtype)
-        if len(norms):
-            torch.linalg.vector_norm(x, dim=1, out=norms[0, rows])
-        for n, other in enumerate(others):
-            y = other[rows].to(dtype)
-            _measure(x, y, measure, eps, scratch, found[n, rows])
-            if len(norms):
-                torch.linalg.vector_norm(y, dim=1, out=norms[1 + n, rows])
-    if len(norms):
-        clamped = norms.clamp_min(NORM_CLAMPS[measure][0])
-        found.div_(clamped[0]).div_(clamped[1:])
+    blocks = _blocks(a, dtype)
+    if len(blocks) == 1:
+        return _measured(a.to(dtype), [other.to(dtype) for other in others], measure, eps, None)
+    found = torch.empty(len(others), a.shape[0], dtype=dtype, device=a.device)
+    norms = found.new_empty(1 + len(others) if measure in NORM_CLAMPS else 0, a.shape[0])
+    scratch = _scratch(a, dtype, blocks)
+    for rows in blocks:
+        ys = [other[rows].to(dtype) for other in others]
+        found[:, rows], norms[:, rows] = _measured(a[rows].to(dtype), ys, measure, eps, scratch[: len(ys[0])])
     return found, norms
 
 
@@ -63,24 +59,27 @@ def paired_measure_backward(
     needs: Sequence[bool],  # whether a, and each of the others, want a gradient
 ) -> list[Tensor | None]:
     """The gradients of a and of the others, each in the dtype of its matrix."""
-    dtype = found.dtype
+    dtype, matrices = found.dtype, [a, *others]
+    cross, own = (None if x is None else x[..., None] for x in slopes(d_found, found, norms, measure))
+    blocks = _blocks(a, dtype)
+    if len(blocks) == 1:
+        raised = [x.to(dtype) for x in matrices]
+        gradients = _pulled(raised, cross, own, measure, eps, needs, [None] * len(raised), None)
+        return [None if g is None else g.to(x.dtype) for g, x in zip(gradients, matrices, strict=True)]
     gradients = [
         torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else None
-        for x, need in zip((a, *others), needs, strict=True)
+        for x, need in zip(matrices, needs, strict=True)
     ]
-    cross, own = slopes(d_found, found, norms, measure)
-    for rows, scratch in _blocks(a, dtype):
-        x, ys = a[rows].to(dtype), [other[rows].to(dtype) for other in others]
-        targets = [None if gradient is None else gradient[rows] for gradient in gradients]
-        # blocks in the dtype of the sums: the gradients themselves, or where they are narrower memory beside them
-        blocks = [t if t is None or t.dtype == dtype else torch.empty_like(t, dtype=dtype) for t in targets]
-        if measure in DISTANCES:
-            _pull_distances(x, ys, cross[:, rows, None], measure, eps, scratch, blocks)
-        else:
-            own_factors = None if own is None else own[:, rows, None]
-            _pull_products(x, ys, cross[:, rows, None], own_factors, scratch if measure == "angle" else None, blocks)
-        for target, block in zip(targets, blocks, strict=True):
-            if target is not None and block is not None and block is not target:
+    scratch = _scratch(a, dtype, blocks)
+    for rows in blocks:
+        raised = [x[rows].to(dtype) for x in matrices]
+        targets = [None if g is None else g[rows] for g in gradients]
+        # where a gradient is narrower than the sums, its block is made beside it
+        outs = [None if t is None or t.dtype != dtype else t for t in targets]
+        own_block = None if own is None else own[:, rows]
+        made = _pulled(raised, cross[:, rows], own_block, measure, eps, needs, outs, scratch[: len(raised[0])])
+        for target, block, out in zip(targets, made, outs, strict=True):
+            if target is not None and block is not None and out is None:
                 target.copy_(block)
     return gradients
 
@@ -100,52 +99,68 @@ def slopes(
     if measure == "squared_euclidean":
         return d_found * 2.0, None
     if measure == "euclidean":
-        return torch.where(found == 0.0, 0.0, d_found / found), None
+        return (d_found / found).masked_fill_(found == 0.0, 0.0), None
     floor, below_has_gradient = NORM_CLAMPS[measure]
     clamped = norms.clamp_min(floor)
-    along = d_found * -found
-    if len(found) > 1:  # with one other matrix, a has as much of the gradient along its rows as that
+    along = d_found * found
+    if found.shape[0] > 1:  # with one other matrix, a has as much of the gradient along its rows as that
         along = torch.cat([along.sum(dim=0, keepdim=True), along])
     # the derivative of a norm is the row over the norm itself
-    has_gradient = norms != 0.0 if below_has_gradient else ~(norms < floor)
-    own = torch.where(has_gradient, along / clamped / norms, 0.0)
-    return d_found / clamped[0] / clamped[1:], own
+    own = (along / clamped).div_(norms).neg_().masked_fill_(norms == 0.0 if below_has_gradient else norms < floor, 0.0)
+    return (d_found / clamped[0]).div_(clamped[1:]), own
 
 
-def _blocks(a: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Row slices, each with scratch memory of its shape."""
+def _blocks(a: Tensor, dtype: torch.dtype) -> list[slice]:
     room = _BLOCK_BYTES.get(a.device.type, _BLOCK_BYTES["cuda"])
-    step = min(max(room // (max(a.shape[1], 1) * dtype.itemsize), 1), max(len(a), 1))
-    scratch = torch.empty(step, a.shape[1], dtype=dtype, device=a.device)
-    for start in range(0, len(a), step):
-        rows = slice(start, min(start + step, len(a)))
-        yield rows, scratch[: rows.stop - start]
+    rows, width = a.shape
+    step = max(room // (max(width, 1) * dtype.itemsize), 1)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def _measure(
+def _scratch(a: Tensor, dtype: torch.dtype, blocks: Sequence[slice]) -> Tensor:
+    return torch.empty(blocks[0].stop, a.shape[1], dtype=dtype, device=a.device)
+
+
+def _measured(
+    x: Tensor,  # (R, D)
+    ys: Sequence[Tensor],  # N times (R, D)
+    measure: str,
+    eps: float,
+    scratch: Tensor | None,  # (R, D): is overwritten
+) -> tuple[Tensor, Tensor]:
+    """As `paired_measure`, of one block."""
+    found = torch.stack([_sum(x, y, measure, eps, scratch) for y in ys])
+    if measure not in NORM_CLAMPS:
+        return found, found.new_empty(0, len(x))
+    norms = torch.stack([torch.linalg.vector_norm(rows, dim=1) for rows in (x, *ys)])
+    clamped = norms.clamp_min(NORM_CLAMPS[measure][0])
+    return found.div_(clamped[0]).div_(clamped[1:]), norms
+
+
+def _sum(
     x: Tensor,  # (R, D)
     y: Tensor,  # (R, D)
     measure: str,
     eps: float,
-    scratch: Tensor,  # (R, D): is overwritten
-    found: Tensor,  # (R,): is written
-) -> None:
+    scratch: Tensor | None,  # (R, D): is overwritten
+) -> Tensor:  # (R,)
+    """The sum over the width that a measure is, for cosines before the norms."""
     if measure not in DISTANCES:
-        torch.mul(x, turned(y, scratch) if measure == "angle" else y, out=scratch)
-        torch.sum(scratch, dim=1, out=found)
-        return
-    torch.sub(x, y, out=scratch)
-    if eps:
-        scratch.add_(eps)
+        return torch.mul(x, turned(y, scratch) if measure == "angle" else y, out=scratch).sum(dim=1)
+    difference = _difference(x, y, eps, scratch)
     if measure == "euclidean":
-        torch.linalg.vector_norm(scratch, dim=1, out=found)
-    else:
-        torch.sum(scratch.abs_() if measure == "manhattan" else scratch.square_(), dim=1, out=found)
+        return torch.linalg.vector_norm(difference, dim=1)
+    return (difference.abs_() if measure == "manhattan" else difference.square_()).sum(dim=1)
+
+
+def _difference(x: Tensor, y: Tensor, eps: float, out: Tensor | None) -> Tensor:
+    difference = torch.sub(x, y, out=out)
+    return difference.add_(eps) if eps else difference
 
 
 def turned(
     y: Tensor,  # (R, D)
-    out: Tensor,  # (R, D): is written
+    out: Tensor | None,  # (R, D): is overwritten
     back: bool = False,
 ) -> Tensor:  # (R, D)
     """The row whose product with x is cosine plus sine of the complex x and y; `back` gives the same for x.
@@ -155,58 +170,60 @@ def turned(
     """
     real, imaginary = y.shape[1] - y.shape[1] // 2, y.shape[1] // 2
     sign = 1.0 if back else -1.0
-    out.copy_(y)
+    out = y.clone() if out is None else out.copy_(y)
     out[:, :imaginary].add_(y[:, real:], alpha=sign)
     out[:, real:].sub_(y[:, :imaginary], alpha=sign)
     return out
 
 
-def _pull_products(
-    x: Tensor,  # (R, D)
-    ys: Sequence[Tensor],  # N times (R, D)
+def _pulled(
+    matrices: Sequence[Tensor],  # 1 + N times (R, D)
     cross: Tensor,  # (N, R, 1)
     own: Tensor | None,  # (1 + N, R, 1)
-    scratch: Tensor | None,  # (R, D): is overwritten; given where rows are turned
-    gradients: Sequence[Tensor | None],  # 1 + N times (R, D): are written
-) -> None:
-    d_x, *d_ys = gradients
-    if d_x is not None:
-        for place, (y, factor) in enumerate(zip(ys, cross, strict=True)):
-            if scratch is not None:
-                y = turned(y, scratch)
-            d_x.addcmul_(y, factor) if place else torch.mul(y, factor, out=d_x)
-        if own is not None:
-            d_x.addcmul_(x, own[0])
-    if scratch is not None and any(d_y is not None for d_y in d_ys):
-        turned_x = turned(x, scratch, back=True)
-    for n, d_y in enumerate(d_ys):
-        if d_y is None:
-            continue
-        torch.mul(x if scratch is None else turned_x, cross[n], out=d_y)
-        if own is not None:
-            d_y.addcmul_(ys[n], own[1 + n])
+    measure: str,
+    eps: float,
+    needs: Sequence[bool],
+    outs: Sequence[Tensor | None],  # 1 + N times (R, D): memory for the gradients
+    scratch: Tensor | None,  # (R, D): is overwritten
+) -> list[Tensor | None]:
+    """The gradients of one block."""
+    if measure in DISTANCES:
+        return _pulled_by_distances(matrices, cross, measure, eps, needs, outs, scratch)
+    x, *ys = matrices
+    is_angle = measure == "angle"
+    gradients: list[Tensor | None] = [None] * len(matrices)
+    if needs[0]:
+        d_x = torch.mul(turned(ys[0], scratch) if is_angle else ys[0], cross[0], out=outs[0])
+        for y, factor in zip(ys[1:], cross[1:], strict=True):
+            d_x.addcmul_(turned(y, scratch) if is_angle else y, factor)
+        gradients[0] = d_x if own is None else d_x.addcmul_(x, own[0])
+    other_x = turned(x, scratch, back=True) if is_angle and any(needs[1:]) else x
+    for n, y in enumerate(ys):
+        if needs[1 + n]:
+            d_y = torch.mul(other_x, cross[n], out=outs[1 + n])
+            gradients[1 + n] = d_y if own is None else d_y.addcmul_(y, own[1 + n])
+    return gradients
 
 
-def _pull_distances(
-    x: Tensor,  # (R, D)
-    ys: Sequence[Tensor],  # N times (R, D)
+def _pulled_by_distances(
+    matrices: Sequence[Tensor],  # 1 + N times (R, D)
     factors: Tensor,  # (N, R, 1)
     measure: str,
     eps: float,
-    scratch: Tensor,  # (R, D): is overwritten
-    gradients: Sequence[Tensor | None],  # 1 + N times (R, D): are written
-) -> None:
-    d_x, *d_ys = gradients
-    for place, (d_y, y, factor) in enumerate(zip(d_ys, ys, factors, strict=True)):
-        if d_x is None and d_y is None:
+    needs: Sequence[bool],
+    outs: Sequence[Tensor | None],  # 1 + N times (R, D): memory for the gradients
+    scratch: Tensor | None,  # (R, D): is overwritten
+) -> list[Tensor | None]:
+    x, *ys = matrices
+    gradients: list[Tensor | None] = [None] * len(matrices)
+    for n, y in enumerate(ys):
+        if not needs[0] and not needs[1 + n]:
             continue
-        # the first gradient of x is made where it belongs, every further one is added to it
-        pull = d_x if d_x is not None and place == 0 else scratch
-        torch.sub(x, y, out=pull)
-        if eps:
-            pull.add_(eps)
-        (pull.sign_() if measure == "manhattan" else pull).mul_(factor)
-        if d_x is not None and place > 0:
-            d_x.add_(pull)
-        if d_y is not None:
-            torch.neg(pull, out=d_y)
+        # the first part of the gradient of x is made where it belongs, every further one is added to it
+        pull = _difference(x, y, eps, outs[0] if needs[0] and n == 0 else scratch)
+        pull = (pull.sign_() if measure == "manhattan" else pull).mul_(factors[n])
+        if needs[0]:
+            gradients[0] = pull if gradients[0] is None else gradients[0].add_(pull)
+        if needs[1 + n]:
+            gradients[1 + n] = torch.neg(pull, out=outs[1 + n])
+    return gradients
