@@ -60,7 +60,8 @@ def paired_measure_backward(
 ) -> list[Tensor | None]:
     """The gradients of a and of the others, each in the dtype of its matrix."""
     dtype, matrices = found.dtype, [a, *others]
-    cross, own = (None if x is None else x[..., None] for x in slopes(d_found, found, norms, measure))
+    cross, own = slopes(d_found, found, norms, measure)
+    cross, own = cross[..., None], None if own is None else own[..., None]
     blocks = _blocks(a, dtype)
     if len(blocks) == 1:
         raised = [x.to(dtype) for x in matrices]
