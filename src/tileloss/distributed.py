@@ -123,7 +123,8 @@ def loss_of_batch(
     """
     if not _has_group():
         _warn_once("gather_across_devices without an initialised process group: the local batch is used.")
-    return _contrastive(inputs, "auto" if gather_across_devices is True else gather_across_devices, None)
+    exchange = gather_across_devices if isinstance(gather_across_devices, str) else "auto"
+    return _contrastive(inputs, exchange, None)
 
 
 def is_distributed(group: dist.ProcessGroup | None = None) -> bool:

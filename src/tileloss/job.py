@@ -118,6 +118,9 @@ class TrainArguments(TrainingArguments):
         default=True, metadata={"help": "leave out an epoch's incomplete batch, which has fewer negatives"}
     )
     dataloader_pin_memory: bool = field(default=True, metadata={"help": "pin memory where an accelerator is there"})
+    use_cpu: bool = field(
+        default=False, metadata={"help": "leave accelerators aside; where there is none, this is so anyway"}
+    )
     ddp_find_unused_parameters: bool | None = field(
         default=None, metadata={"help": "with several processes, look for parameters without a gradient [static: no]"}
     )

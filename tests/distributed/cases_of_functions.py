@@ -106,6 +106,19 @@ def a_guide() -> None:
 
 
 @case
+def narrow_embeddings() -> None:
+    """Exchanged and summed in float32, and rounded once, at the end."""
+    batch = Batch.random(3, False, dtype=torch.bfloat16)
+    whole, _ = outcome(functools.partial(functional.contrastive_loss, directions=CROSS), batch.columns)
+    for exchange, backend in WAYS:
+        found, _ = outcome(shared(exchange, backend, directions=CROSS), batch.part)
+        torch.testing.assert_close(mean(found[0]), whole[0], rtol=1e-5, atol=1e-6)
+        for a, b in zip(found[2:], whole[2:], strict=True):
+            assert a.dtype == torch.bfloat16
+            torch.testing.assert_close(a / dist.get_world_size(), b[batch.rows], rtol=2e-2, atol=1e-3)
+
+
+@case
 def second_derivatives() -> None:
     batch, options = Batch.random(2), {"directions": CROSS, "scale": 2.0}
 

@@ -16,6 +16,7 @@ from tileloss.losses import (
     CachedGISTEmbedLoss,
     CachedMultipleNegativesRankingLoss,
     CachedMultipleNegativesSymmetricRankingLoss,
+    MatryoshkaLoss,
     MultipleNegativesRankingLoss,
     MultipleNegativesSymmetricRankingLoss,
 )
@@ -126,6 +127,9 @@ class Encoder(nn.Module):
     def forward(self, features: dict[str, Any]) -> dict[str, Any]:
         return features | {"sentence_embedding": self.layers(features["inputs"])}
 
+    def get_embedding_dimension(self) -> int:
+        return 5
+
 
 def train_once(loss: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
     torch.manual_seed(dist.get_rank())
@@ -153,6 +157,17 @@ def parameters_under_ddp_learn_what_they_would_in_one_process() -> None:
                 found = train_once(loss, batch.part)
             found[0] = mean(found[0])
             compare_outcomes(found, whole)
+
+
+@case
+def prefixes_of_gathered_embeddings() -> None:
+    batch = Batch.random(2, False, width=6)
+    found = []
+    for gather, columns in ((False, batch.columns), ("ring", batch.part)):
+        model = Encoder(0.0)
+        ranking = MultipleNegativesRankingLoss(model, gather_across_devices=gather)
+        found.append(train_once(MatryoshkaLoss(model, ranking, [5, 3]), columns))
+    compare_outcomes([mean(x) for x in found[1]], found[0])
 
 
 @case
