@@ -66,7 +66,8 @@ def cos_sim(
     >>> cos_sim(torch.eye(2), torch.ones(1, 2)).shape
     torch.Size([2, 1])
     """
-    return _unit_rows(a) @ _unit_rows(b).T
+    x = _unit_rows(a)
+    return x @ (x if b is a else _unit_rows(b)).T
 
 
 def torch_cosine(

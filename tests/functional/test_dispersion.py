@@ -184,12 +184,12 @@ def test_autocast_changes_nothing(size: int, backend: str) -> None:
 
 
 def test_small_batches_take_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Up to 128 rows on a CPU."""
+    """Up to 256 rows on a CPU."""
     called = []
     monkeypatch.setattr(
         dispersion_module, "gram_dispersion", lambda *inputs: called.append(inputs) or (inputs[0].sum(),) * 4
     )
-    for size, blocks in ((64, 0), (128, 0), (129, 1)):
+    for size, blocks in ((64, 0), (256, 0), (257, 1)):
         dispersion(batch(size, 5))
         assert len(called) == blocks
 

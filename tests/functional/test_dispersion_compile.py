@@ -29,7 +29,7 @@ def value_and_gradient(loss_of, rows: Tensor) -> list[Tensor]:  # type: ignore[n
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_one_graph_with_the_same_numbers(compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispersion_op, "definition", None)  # it serves second derivatives alone
-    rows = torch.randn(150, 5)
+    rows = torch.randn(300, 5)
     compiled = torch.compile(crowding, fullgraph=True, backend=compiler)
     for a, b in zip(value_and_gradient(compiled, rows), value_and_gradient(crowding, rows), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

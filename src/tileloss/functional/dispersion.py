@@ -19,9 +19,6 @@ from tileloss.reference.dispersion import dispersion as definition
 from tileloss.similarity import SimilarityFn, full_precision, recognise
 from tileloss.tiled.similarity import BLOCK_SIMILARITIES
 
-# of a similarity, against one of in-batch negatives: blocks pay from 128 rows on a CPU
-_WORTH = 4
-
 
 class Dispersion(NamedTuple):
     """Two moments of the similarities of different rows, 0-dim each.
@@ -79,7 +76,7 @@ def dispersion(
     check_rows("embeddings", embeddings)
     embeddings = embeddings if embeddings.layout == torch.strided else embeddings.to_dense()
     size = len(embeddings)
-    chosen = backend.choose(embeddings, _WORTH * size * size, _obstacles(known)).backend
+    chosen = backend.choose(embeddings, size * size, _obstacles(known)).backend
     if chosen != "reference" and size:  # without rows there are no blocks
         return Dispersion(*gram_dispersion(embeddings, str(known), chosen)[:2])
     with full_precision(embeddings.device.type):

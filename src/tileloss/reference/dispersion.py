@@ -4,7 +4,6 @@ diagonal. Gradients by autograd.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from tileloss.similarity import SIMILARITIES, SimilarityFn, up
@@ -21,6 +20,6 @@ def dispersion(
     """
     measure = SIMILARITIES[similarity] if isinstance(similarity, str) else similarity
     similarities = up(measure(embeddings, embeddings))
-    others = similarities.diagonal_scatter(torch.zeros_like(similarities.diagonal()))
+    others = similarities.clone().fill_diagonal_(0.0)  # a copy, for a callable may return what cannot be written to
     pairs = max(len(embeddings) * (len(embeddings) - 1), 1)
     return others.sum() / pairs, others.square().sum() / pairs
