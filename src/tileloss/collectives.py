@@ -18,9 +18,9 @@ from torch import Tensor
 
 from tileloss.tiled.part import Part
 
-# newer names of the same first, which warn of the older ones
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+# the newer names first, since they warn of the older ones; a torch that is built without distribution has neither
+_all_gather: Any = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", getattr(dist, "reduce_scatter_tensor", None))
 
 
 def backends(group: dist.ProcessGroup | None) -> dict[str, str]:
