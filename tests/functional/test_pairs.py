@@ -194,7 +194,7 @@ def test_small_batches_take_the_definition(monkeypatch: pytest.MonkeyPatch) -> N
     called = []
     measured = pairs_module.block_pairs
     monkeypatch.setattr(pairs_module, "block_pairs", lambda *inputs: called.append(inputs) or measured(*inputs))
-    for size, similarity, blocks in ((73, "cosine", 0), (74, "cosine", 1), (1000, "dot", 1), (2049, "dot", 2)):
+    for size, similarity, blocks in ((116, "cosine", 0), (117, "cosine", 1), (1000, "dot", 1), (2049, "dot", 2)):
         paired_similarity(*matrices(size, 256, dtype=torch.float32), similarity=similarity)
         assert len(called) == blocks
 

@@ -20,9 +20,9 @@ from tileloss.paired import DISTANCES, PAIRED
 from tileloss.similarity import full_precision
 
 _SIMILARITIES = tuple(PAIRED.functions)
-# of a number, against one of a similarity in a matrix: on a CPU blocks of cosines and angles pay from 25 rows of 768;
+# of a number, against one of a similarity in a matrix: on a CPU blocks of cosines and angles pay from 40 rows of 768;
 # what autograd does for products and distances is little more than has to be, so that theirs pay from 700 on
-_WORTH = dict.fromkeys(("dot", *DISTANCES), 1 / 8) | dict.fromkeys(("cosine", "torch_cosine", "angle"), 3.5)
+_WORTH = dict.fromkeys(("dot", *DISTANCES), 1 / 8) | dict.fromkeys(("cosine", "torch_cosine", "angle"), 2.2)
 _METRICS = (*DISTANCES, "cosine", "torch_cosine")
 
 
