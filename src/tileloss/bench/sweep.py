@@ -114,13 +114,14 @@ def _measure_memory(name: str, results: Results, limits: Limits, share: float, p
 def _obstacle(name: str, case: Case, before: tuple[Case, Memory] | None, limits: Limits, share: float) -> str | None:
     """Why not to try this case, by what the next smaller one on the curve needed; None: try it."""
     matrix = case.batch * case.docs * DTYPES[case.dtype].itemsize
-    needed = WORKLOADS[case.workload].matrices * matrix if CONTESTANTS[name].materialises else 0
+    matrices = WORKLOADS[case.workload].matrices if CONTESTANTS[name].materialises else 0
+    needed = matrices * matrix
     if before is not None:
         smaller, memory = before
         if memory.missing is not None:
             return memory.missing
         growth = case.batch / smaller.batch
-        needed = round(memory.peak * growth ** (2 if CONTESTANTS[name].materialises else 1))
+        needed = round(memory.peak * growth ** (2 if matrices else 1))
         if limits.exceeded_by(_MEMORY_STEPS * memory.seconds * growth**2, share):
             return f"left out: measuring memory at B={case.batch} would take more than its part of the time limit"
     available = limits.memory if limits.memory is not None else available_memory(case.device)
