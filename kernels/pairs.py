@@ -259,18 +259,18 @@ def paired_measure(
 
 
 def paired_measure_backward(
-    d_found: Tensor,  # (N, B)
+    d_found: Tensor | Sequence[Tensor],  # (N, B), or its rows
     a: Tensor,  # (B, D)
     others: Sequence[Tensor],  # N times (B, D)
-    found: Tensor,  # (N, B)
-    norms: Tensor,  # (1 + N, B), or no rows
+    found: Tensor | Sequence[Tensor],  # (N, B), or its rows
+    norms: Tensor | Sequence[Tensor],  # (1 + N, B), or its rows, or none
     measure: str,
     eps: float,
     needs: Sequence[bool],  # whether a, and each of the others, want a gradient
 ) -> list[Tensor | None]:
     """The gradients of a and of the others, each in the dtype of its matrix."""
     rows, width = a.shape
-    d_found = d_found.contiguous()
+    d_found, found, norms = (_matrix(x).contiguous() for x in (d_found, found, norms))
     # what more than one launch adds to is added up in float32
     sums_dtype = torch.float32 if len(others) > 2 else a.dtype
     dtypes = [sums_dtype, *(x.dtype for x in others)]
@@ -295,3 +295,8 @@ def paired_measure_backward(
             num_warps=warps_of(block),
         )  # fmt: skip
     return [None if d_a is None else d_a.to(a.dtype), *d_others]
+
+
+def _matrix(rows: Tensor | Sequence[Tensor]) -> Tensor:
+    """As the kernels read them: one row after the other."""
+    return rows if isinstance(rows, Tensor) else torch.stack(list(rows)) if len(rows) else torch.empty(0)

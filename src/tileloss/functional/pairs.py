@@ -125,8 +125,7 @@ def paired_columns(
     chosen = _backend(a, others, measure)
     columns: Sequence[Tensor]
     if chosen != "reference":
-        found = block_pairs(a, others, measure, eps, chosen)
-        columns = found.unbind() if len(others) > 1 else [found.squeeze(0)]
+        columns = block_pairs(a, others, measure, eps, chosen)
     else:
         with full_precision(a.device.type):
             columns = [reference.paired_measure(a, other, measure, eps) for other in others]

@@ -6,13 +6,14 @@ through the definition instead, whose graph autograd can follow.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tileloss import reference
-from tileloss.similarity import full_precision, up_dtype
+from tileloss.similarity import full_precision
 from tileloss.tiled import pairs as tiled
 
 
@@ -22,10 +23,10 @@ def block_pairs(
     measure: str,
     eps: float,
     backend: str,
-) -> Tensor:  # (N, B)
+) -> Sequence[Tensor]:  # N times (B,)
     """The measures by the block algorithm of a backend, as a node of the autograd graph."""
     if torch.compiler.is_compiling():
-        return _pairs([a, *others], measure, eps, backend)[0]
+        return _pairs([a, *others], measure, eps, backend)[0].unbind()
     return _Pairs.apply(measure, eps, backend, a, *others)
 
 
@@ -33,17 +34,21 @@ class _Pairs(torch.autograd.Function):
     """The operator's node for eager calls, which small batches wait for a fraction of the time."""
 
     @staticmethod
-    def forward(ctx: Any, measure: str, eps: float, backend: str, *matrices: Tensor) -> Tensor:
-        found, norms = _backend(backend).paired_measure(matrices[0], matrices[1:], measure, eps)
+    def forward(ctx: Any, measure: str, eps: float, backend: str, *matrices: Tensor) -> tuple[Tensor, ...]:
+        a, *others = matrices
+        found, norms = _backend(backend).paired_measure(a, others, measure, eps)
         ctx.settings = measure, eps, backend
-        ctx.save_for_backward(*matrices, found, norms)
-        return found
+        ctx.save_for_backward(*matrices, *found, *norms)
+        return tuple(found)
 
     @staticmethod
-    def backward(ctx: Any, d_found: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *d_found: Tensor) -> tuple[Tensor | None, ...]:
         measure, eps, backend = ctx.settings
-        *matrices, found, norms = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad[3:])
+        count, saved = len(d_found), ctx.saved_tensors
+        matrices, found, norms = saved[: count + 1], saved[count + 1 : 2 * count + 1], saved[2 * count + 1 :]
+        needs = ctx.needs_input_grad[3:]
+        # zeros without memory, which autograd may hand over, take no operation in place
+        d_found = tuple(d.clone() if d._is_zerotensor() else d for d in d_found)
         if torch.is_grad_enabled():
             gradients = _through_definition(d_found, matrices, measure, eps, needs)
         else:
@@ -56,13 +61,17 @@ class _Pairs(torch.autograd.Function):
 @torch.library.custom_op("tileloss::pairs", mutates_args=())
 def _pairs(matrices: list[Tensor], measure: str, eps: float, backend: str) -> tuple[Tensor, Tensor]:
     a, *others = matrices
-    return _backend(backend).paired_measure(a, others, measure, eps)
+    found, norms = _backend(backend).paired_measure(a, others, measure, eps)
+    if isinstance(found, list):
+        none = found[0].new_empty(0, len(a))
+        return torch.stack(found), torch.stack(norms) if norms else none
+    return found, norms
 
 
 @_pairs.register_fake
 def _(matrices: list[Tensor], measure: str, eps: float, backend: str) -> tuple[Tensor, Tensor]:
     a = matrices[0]
-    found = a.new_empty(len(matrices) - 1, len(a), dtype=_sums_dtype(matrices))
+    found = a.new_empty(len(matrices) - 1, len(a), dtype=tiled.sums_dtype(matrices))
     return found, found.new_empty(len(matrices) if measure in tiled.NORM_CLAMPS else 0, len(a))
 
 
@@ -103,7 +112,7 @@ def _backward(ctx: Any, d_found: Tensor, _: Any) -> tuple[Any, ...]:
     *matrices, found, norms = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[0])
     if torch.is_grad_enabled():
-        return _through_definition(d_found, matrices, ctx.measure, ctx.eps, needs), None, None, None
+        return _through_definition(d_found.unbind(), matrices, ctx.measure, ctx.eps, needs), None, None, None
     gradients = _pairs_backward(d_found, matrices, found, norms, ctx.measure, ctx.eps, needs, ctx.backend)
     return [g if need else None for g, need in zip(gradients, needs, strict=True)], None, None, None
 
@@ -112,24 +121,20 @@ _pairs.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _through_definition(
-    d_found: Tensor,  # (N, B)
-    matrices: list[Tensor],
+    d_found: Sequence[Tensor],  # N times (B,)
+    matrices: Sequence[Tensor],
     measure: str,
     eps: float,
-    needs: list[bool],
+    needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """The gradients as a differentiable function of the inputs, by the definition."""
     # as nodes of their own: the gradient of an input that was computed from another must not flow on into that too
     a, *others = matrices = [x.view_as(x) for x in matrices]
-    with full_precision(d_found.device.type):
+    with full_precision(a.device.type):
         found = [reference.paired_measure(a, b, measure, eps) for b in others]
         wanted = [x for x, need in zip(matrices, needs, strict=True) if need]
         gradients = iter(torch.autograd.grad(found, wanted, list(d_found), create_graph=True))
     return [next(gradients) if need else None for need in needs]
-
-
-def _sums_dtype(matrices: list[Tensor]) -> torch.dtype:
-    return torch.float64 if torch.float64 in [x.dtype for x in matrices] else up_dtype(matrices[0].dtype)
 
 
 def _backend(name: str) -> Any:

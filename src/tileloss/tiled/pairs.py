@@ -16,7 +16,6 @@ from torch import Tensor
 
 from tileloss.paired import DISTANCES
 from tileloss.similarity import COSINE_FLOOR, NORM_FLOOR
-from tileloss.tiled.rows import Rows
 
 # clamps of the norms, and whether a norm below its clamp still has a gradient
 NORM_CLAMPS = {"cosine": (NORM_FLOOR, False), "torch_cosine": (COSINE_FLOOR, True), "angle": (NORM_FLOOR, False)}
@@ -30,85 +29,103 @@ def paired_measure(
     others: Sequence[Tensor],  # N times (B, D)
     measure: str,
     eps: float,
-) -> tuple[Tensor, Tensor]:
-    """The measures (N, B), and the norms (1 + N, B) of all rows; no rows of the latter unless for cosines.
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The measures (B,) with each of the others, and the norms (B,) of a and of these; of the latter for cosines only.
 
     As `tileloss.reference.pairs` defines them, but that "angle" has its sign.
     """
-    dtype = Rows(a, *others).dtype
+    matrices = [a, *others]
+    dtype = sums_dtype(matrices)
     blocks = _blocks(a, dtype)
     if len(blocks) == 1:
-        return _measured(a.to(dtype), [other.to(dtype) for other in others], measure, eps, None)
-    found = torch.empty(len(others), a.shape[0], dtype=dtype, device=a.device)
-    norms = found.new_empty(1 + len(others) if measure in NORM_CLAMPS else 0, a.shape[0])
+        return _measured(_raised(matrices, dtype), measure, eps, None)
+    count = len(others) + (len(matrices) if measure in NORM_CLAMPS else 0)
+    columns = list(torch.empty(count, a.shape[0], dtype=dtype, device=a.device).unbind())
     scratch = _scratch(a, dtype, blocks)
     for rows in blocks:
-        ys = [other[rows].to(dtype) for other in others]
-        found[:, rows], norms[:, rows] = _measured(a[rows].to(dtype), ys, measure, eps, scratch[: len(ys[0])])
-    return found, norms
+        found, norms = _measured(_raised([x[rows] for x in matrices], dtype), measure, eps, scratch)
+        for column, part in zip(columns, found + norms, strict=True):
+            column[rows] = part
+    return columns[: len(others)], columns[len(others) :]
 
 
 def paired_measure_backward(
-    d_found: Tensor,  # (N, B)
+    d_found: Sequence[Tensor],  # N times (B,)
     a: Tensor,  # (B, D)
     others: Sequence[Tensor],  # N times (B, D)
-    found: Tensor,  # (N, B)
-    norms: Tensor,  # (1 + N, B), or no rows
+    found: Sequence[Tensor],  # N times (B,)
+    norms: Sequence[Tensor],  # 1 + N times (B,), or none
     measure: str,
     eps: float,
     needs: Sequence[bool],  # whether a, and each of the others, want a gradient
 ) -> list[Tensor | None]:
     """The gradients of a and of the others, each in the dtype of its matrix."""
-    dtype, matrices = found.dtype, [a, *others]
-    cross, own = slopes(d_found, found, norms, measure)
-    cross, own = cross[..., None], None if own is None else own[..., None]
+    dtype, matrices = found[0].dtype, [a, *others]
+    cross, own = _slopes(d_found, found, norms, measure)
+    cross, own = [x.unsqueeze(1) for x in cross], [x.unsqueeze(1) for x in own]
     blocks = _blocks(a, dtype)
     if len(blocks) == 1:
-        raised = [x.to(dtype) for x in matrices]
+        raised = _raised(matrices, dtype)
         gradients = _pulled(raised, cross, own, measure, eps, needs, [None] * len(raised), None)
-        return [None if g is None else g.to(x.dtype) for g, x in zip(gradients, matrices, strict=True)]
+        pairs = zip(gradients, matrices, strict=True)
+        return [g if g is None or g.dtype == x.dtype else g.to(x.dtype) for g, x in pairs]
     gradients = [
         torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else None
         for x, need in zip(matrices, needs, strict=True)
     ]
     scratch = _scratch(a, dtype, blocks)
     for rows in blocks:
-        raised = [x[rows].to(dtype) for x in matrices]
+        raised = _raised([x[rows] for x in matrices], dtype)
         targets = [None if g is None else g[rows] for g in gradients]
         # where a gradient is narrower than the sums, its block is made beside it
         outs = [None if t is None or t.dtype != dtype else t for t in targets]
-        own_block = None if own is None else own[:, rows]
-        made = _pulled(raised, cross[:, rows], own_block, measure, eps, needs, outs, scratch[: len(raised[0])])
+        factors = [x[rows] for x in cross], [x[rows] for x in own]
+        made = _pulled(raised, *factors, measure, eps, needs, outs, scratch[: len(raised[0])])
         for target, block, out in zip(targets, made, outs, strict=True):
             if target is not None and block is not None and out is None:
                 target.copy_(block)
     return gradients
 
 
-def slopes(
-    d_found: Tensor,  # (N, B)
-    found: Tensor,  # (N, B)
-    norms: Tensor,  # (1 + N, B), or no rows
+def sums_dtype(matrices: Sequence[Tensor]) -> torch.dtype:
+    """float64 if any of the matrices is, else float32."""
+    return torch.float64 if torch.float64 in [x.dtype for x in matrices] else torch.float32
+
+
+def _raised(matrices: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+    # small batches feel even a conversion to the same dtype
+    return [x if x.dtype == dtype else x.to(dtype) for x in matrices]
+
+
+def _slopes(
+    d_found: Sequence[Tensor],  # N times (B,)
+    found: Sequence[Tensor],  # N times (B,)
+    norms: Sequence[Tensor],  # 1 + N times (B,), or none
     measure: str,
-) -> tuple[Tensor, Tensor | None]:
-    """By what the other row and the own row are multiplied in the gradients: (N, B), and (1 + N, B) for a, others.
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """By what the other row and the own row are multiplied in the gradients: N times (B,), and 1 + N for a and others.
 
     For distances the first is the factor of the rows' difference, or of its signs. Only cosines have a second.
     """
     if measure in ("dot", "manhattan"):
-        return d_found, None
+        return d_found, []
     if measure == "squared_euclidean":
-        return d_found * 2.0, None
+        return [d * 2.0 for d in d_found], []
     if measure == "euclidean":
-        return (d_found / found).masked_fill_(found == 0.0, 0.0), None
+        return [(d / x).masked_fill(x == 0.0, 0.0) for d, x in zip(d_found, found, strict=True)], []
     floor, below_has_gradient = NORM_CLAMPS[measure]
-    clamped = norms.clamp_min(floor)
-    along = d_found * found
-    if found.shape[0] > 1:  # with one other matrix, a has as much of the gradient along its rows as that
-        along = torch.cat([along.sum(dim=0, keepdim=True), along])
-    # the derivative of a norm is the row over the norm itself
-    own = (along / clamped).div_(norms).neg_().masked_fill_(norms == 0.0 if below_has_gradient else norms < floor, 0.0)
-    return (d_found / clamped[0]).div_(clamped[1:]), own
+    first, *clamped = [x.clamp_min(floor) for x in norms]
+    cross = [d / first / x for d, x in zip(d_found, clamped, strict=True)]
+    along = [d * x for d, x in zip(d_found, found, strict=True)]
+    # a has as much of the gradient along its rows as all others have along theirs
+    along = [along[0] if len(along) == 1 else torch.stack(along).sum(dim=0), *along]
+    own = []
+    for part, norm, x in zip(along, norms, [first, *clamped], strict=True):
+        # the derivative of a norm is the row over the norm itself; where that is zero, so is what is divided by it
+        below = norm.clamp_min(torch.finfo(norm.dtype).tiny) if below_has_gradient else norm
+        slope = -part / x / below
+        own.append(slope if below_has_gradient else slope.masked_fill(norm < floor, 0.0))
+    return cross, own
 
 
 def _blocks(a: Tensor, dtype: torch.dtype) -> list[slice]:
@@ -123,19 +140,20 @@ def _scratch(a: Tensor, dtype: torch.dtype, blocks: Sequence[slice]) -> Tensor:
 
 
 def _measured(
-    x: Tensor,  # (R, D)
-    ys: Sequence[Tensor],  # N times (R, D)
+    matrices: Sequence[Tensor],  # 1 + N times (R, D)
     measure: str,
     eps: float,
-    scratch: Tensor | None,  # (R, D): is overwritten
-) -> tuple[Tensor, Tensor]:
+    scratch: Tensor | None,  # (R, D), or more rows: is overwritten
+) -> tuple[list[Tensor], list[Tensor]]:
     """As `paired_measure`, of one block."""
-    found = torch.stack([_sum(x, y, measure, eps, scratch) for y in ys])
+    x, *ys = matrices
+    room = None if scratch is None else scratch[: len(x)]
+    found = [_sum(x, y, measure, eps, room) for y in ys]
     if measure not in NORM_CLAMPS:
-        return found, found.new_empty(0, len(x))
-    norms = torch.stack([torch.linalg.vector_norm(rows, dim=1) for rows in (x, *ys)])
-    clamped = norms.clamp_min(NORM_CLAMPS[measure][0])
-    return found.div_(clamped[0]).div_(clamped[1:]), norms
+        return found, []
+    norms = [torch.linalg.vector_norm(rows, dim=1) for rows in matrices]
+    first, *clamped = [norm.clamp_min(NORM_CLAMPS[measure][0]) for norm in norms]
+    return [total.div_(first).div_(norm) for total, norm in zip(found, clamped, strict=True)], norms
 
 
 def _sum(
@@ -179,8 +197,8 @@ def turned(
 
 def _pulled(
     matrices: Sequence[Tensor],  # 1 + N times (R, D)
-    cross: Tensor,  # (N, R, 1)
-    own: Tensor | None,  # (1 + N, R, 1)
+    cross: Sequence[Tensor],  # N times (R, 1)
+    own: Sequence[Tensor],  # 1 + N times (R, 1), or none
     measure: str,
     eps: float,
     needs: Sequence[bool],
@@ -197,18 +215,18 @@ def _pulled(
         d_x = torch.mul(turned(ys[0], scratch) if is_angle else ys[0], cross[0], out=outs[0])
         for y, factor in zip(ys[1:], cross[1:], strict=True):
             d_x.addcmul_(turned(y, scratch) if is_angle else y, factor)
-        gradients[0] = d_x if own is None else d_x.addcmul_(x, own[0])
+        gradients[0] = d_x.addcmul_(x, own[0]) if own else d_x
     other_x = turned(x, scratch, back=True) if is_angle and any(needs[1:]) else x
     for n, y in enumerate(ys):
         if needs[1 + n]:
             d_y = torch.mul(other_x, cross[n], out=outs[1 + n])
-            gradients[1 + n] = d_y if own is None else d_y.addcmul_(y, own[1 + n])
+            gradients[1 + n] = d_y.addcmul_(y, own[1 + n]) if own else d_y
     return gradients
 
 
 def _pulled_by_distances(
     matrices: Sequence[Tensor],  # 1 + N times (R, D)
-    factors: Tensor,  # (N, R, 1)
+    factors: Sequence[Tensor],  # N times (R, 1)
     measure: str,
     eps: float,
     needs: Sequence[bool],
