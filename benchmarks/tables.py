@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,8 +65,8 @@ LOSSES = (
     Loss("DistillKLDivLoss", "paired_similarity", "copies of the embeddings", "distill_kl_div"),
     Loss("MSELoss", "paired_distance", "differences of the embeddings", "mse"),
     Loss("EmbedDistillLoss", "paired_distance", "copies of the embeddings", "embed_distill"),
-    Loss("SoftmaxLoss", "pair_classifier", "the concatenated features", "softmax"),
-    Loss("DenoisingAutoEncoderLoss", "", "(the decoder's own loss)"),
+    Loss("SoftmaxLoss", "pair_logits", "the concatenated features", "softmax"),
+    Loss("DenoisingAutoEncoderLoss", "", "(vocabulary cross-entropy by PyTorch)"),
     Loss("GlobalOrthogonalRegularizationLoss", "dispersion", "batch x batch", "orthogonal"),
     Loss("MatryoshkaLoss", "matryoshka_contrastive_loss", "batch x documents, for every dimension", "matryoshka"),
     Loss("AdaptiveLayerLoss", "", "(what the loss inside does not hold)"),
@@ -73,12 +74,22 @@ LOSSES = (
 )
 
 # which code runs each primitive; the GEMMs, sorts and scans of all of them are torch's
-BACKENDS: dict[str, str] = {}
+BACKENDS = {
+    "contrastive_loss": "Triton, torch",
+    "triplet_loss": "Triton, torch",
+    "hardest_negatives": "Triton, torch",
+    "paired_similarity": "Triton, torch",
+    "paired_distance": "Triton, torch",
+    "matryoshka_contrastive_loss": "Triton, torch",
+    "ranking_loss": "torch",
+    "pair_logits": "torch",
+    "dispersion": "torch, unit rows in Triton",
+}
 
 
 def newest_results() -> Path:
     """The file of the last run that was kept."""
-    files = sorted((ROOT / "benchmarks" / "results").glob("targets-cpu-*.json"))
+    files = sorted((ROOT / "benchmarks" / "results").glob("targets-cpu-2*.json"))
     if not files:
         raise SystemExit("benchmarks/results holds no targets-cpu-*.json: run `tileloss bench --preset targets` first")
     return files[-1]
@@ -92,6 +103,17 @@ def seconds(case: dict[str, Any], who: str) -> float:
 def number(value: float) -> str:
     """Three digits, thousands set apart."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def origin(results: dict[str, Any]) -> str:
+    """When, where and with what the results came about."""
+    machine, versions = results["machine"], results["versions"]
+    text = (
+        f"Measured on {results['date'][:10]} by `{results['command']}`: {machine['cores']} cores of "
+        f"{machine['cpu']}, Python {versions['python']}, torch {versions['torch']}, sentence-transformers "
+        f"{versions['sentence-transformers']}."
+    )
+    return textwrap.fill(text, 119)
 
 
 def figures_table(results: dict[str, Any], titles: dict[str, str]) -> Iterator[str]:
@@ -114,6 +136,8 @@ def figures_table(results: dict[str, Any], titles: dict[str, str]) -> Iterator[s
     least, most = number(small[0]), number(small[-1])
     yield ""
     yield f"In batches of 32 or 64 rows, {len(small)} losses took {least} to {most} times as long as theirs."
+    yield ""
+    yield origin(results)
 
 
 def losses_table(results: dict[str, Any]) -> Iterator[str]:
@@ -122,15 +146,18 @@ def losses_table(results: dict[str, Any]) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|"
     for loss in LOSSES:
         cases = [case for case in results["cases"] if case["workload"] == loss.workload]
-        figures = "| | | "
+        figures = ["", "", ""]
         if cases:
             case = max(cases, key=lambda case: case["batch"])
             speed_up = seconds(case, THEIRS) / seconds(case, OURS)
             memory = case["results"][OURS]["peak_bytes"] / case["results"][THEIRS]["peak_bytes"]
-            figures = f"B = {case['batch']:,}, D = {case['width']} | 1/{number(speed_up)} | 1/{number(1 / memory)} "
-        functions = ", ".join(f"`{name}`" for name in loss.primitive.split(", "))
-        backends = BACKENDS[loss.primitive.partition(", ")[0]]
-        yield f"| [{loss.name}](#{loss.name.lower()}) | {functions} | {loss.never_held} | {backends} | {figures}|"
+            figures = [f"B = {case['batch']:,}, D = {case['width']}", f"{1 / speed_up:.2g}", f"{memory:.2g}"]
+        functions = ", ".join(f"`{name}`" for name in loss.primitive.split(", ") if name)
+        backends = BACKENDS.get(loss.primitive.partition(", ")[0], "")
+        name = f"[{loss.name}](#{loss.name.lower()})"
+        yield f"| {' | '.join([name, functions, loss.never_held, backends, *figures])} |"
+    yield ""
+    yield origin(results)
 
 
 def replaced(text: str, name: str, lines: Iterator[str]) -> str:

@@ -3,6 +3,8 @@
 import importlib
 import pkgutil
 import re
+import subprocess
+import sys
 import tomllib
 from doctest import DocTestFinder, DocTestRunner
 from pathlib import Path
@@ -104,3 +106,10 @@ def test_docstring_examples_run(name: str) -> None:
 
 def test_the_changelog_knows_the_version() -> None:
     assert f"## {tileloss.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_tables_are_what_the_results_say() -> None:
+    done = subprocess.run(
+        [sys.executable, "-P", str(ROOT / "benchmarks" / "tables.py"), "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -40,8 +40,8 @@ class Target:
         return Case(self.workload, self.batch, self.width)
 
 
-# losses that read pairs, or tuples, of rows and compare no others, and the share of memory: half, or, where the gradients
-# of the inputs (which are in every figure) are more than that by themselves, little beside them
+# losses that read pairs, or tuples, of rows and compare no others, and the share of memory: half, or, where the
+# gradients of the inputs (which are in every figure) are more than that by themselves, little beside them
 PAIR_LOSSES = {
     "cosine_similarity": 1 / 2,
     "contrastive": 1 / 2,
