@@ -74,6 +74,15 @@ def test_only_large_float32_matrices_on_the_cpu_go_to_onednn(monkeypatch: pytest
     assert not onednn.serves(large, large)
 
 
+@pytest.mark.parametrize(
+    ("vendor", "family", "expected"),
+    [("AuthenticAMD", 26, True), ("AuthenticAMD", 25, False), ("GenuineIntel", 26, False)],
+)
+def test_only_wide_units_of_amd_want_onednn(vendor: str, family: int, expected: bool) -> None:
+    processor = f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: 17\n\n"
+    assert onednn.has_wide_units_of_amd(processor * 2) == expected
+
+
 def test_a_build_without_the_operator_goes_the_usual_way(monkeypatch: pytest.MonkeyPatch) -> None:
     onednn.is_faster_here.cache_clear()
     monkeypatch.setattr(onednn, "_SCHEMA", "(Tensor X) -> Tensor")

@@ -1,7 +1,8 @@
 """float32 GEMMs through oneDNN, on the CPUs where MKL leaves half of the machine idle.
 
-PyTorch multiplies float32 matrices on a CPU by MKL, which runs its AVX-512 code on Intel's processors alone; on
-AMD's it stays at half the rate. oneDNN, which PyTorch carries for its layers, makes no such difference. Its inner
+PyTorch multiplies float32 matrices on a CPU by MKL, which runs its AVX-512 code on Intel's processors alone, and
+instructions of half the width on AMD's. That costs nothing on AMD's Zen 4, whose units are of half the width too, but
+half of the rate from Zen 5 on. oneDNN, which PyTorch carries for its layers, makes no such difference. Its inner
 product is reached through the operator that `torch.compile` emits for linear layers; should a build of PyTorch lack
 it, or MKL serve the machine well, GEMMs go the usual way. The choice depends on the machine alone, never on timing,
 so results repeat.
@@ -13,6 +14,7 @@ dense, or the transpose of something dense.
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ from torch import Tensor
 # columns at a time: the result of a step must still be in the cache when it is copied or added to where it belongs
 _COLUMNS = 1024
 _SMALLEST = 64  # of rows, columns and depth: below, a GEMM costs less than the way to oneDNN
+_ZEN_5 = 26  # its family, in AMD's count
 _SCHEMA = "(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm) -> Tensor Y"
 
 
@@ -35,7 +38,13 @@ def is_faster_here() -> bool:
     if operator is None or not str(operator._schema).endswith(_SCHEMA):
         return False
     processors = Path("/proc/cpuinfo")
-    return processors.exists() and "AuthenticAMD" in processors.read_text()
+    return processors.exists() and has_wide_units_of_amd(processors.read_text())
+
+
+def has_wide_units_of_amd(cpuinfo: str) -> bool:
+    """Whether a Linux' list of processors begins with one of AMD's whose vector units are 512 bits wide."""
+    family = re.search(r"^cpu family\s*:\s*(\d+)$", cpuinfo, re.MULTILINE)
+    return "AuthenticAMD" in cpuinfo and family is not None and int(family[1]) >= _ZEN_5
 
 
 def serves(*tensors: Tensor) -> bool:
