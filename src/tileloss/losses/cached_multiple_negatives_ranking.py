@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tileloss.errors import InputError, ShapeError
 from tileloss.functional import ContrastiveStats
 from tileloss.gradcache import GradCache, backward_by_columns
+from tileloss.gradcache import RandContext as RandContext  # others' losses import it from here
 from tileloss.losses import citations
 from tileloss.losses.multiple_negatives_ranking import MultipleNegativesRankingLoss
 from tileloss.losses.prefixes import Prefixes

@@ -119,6 +119,7 @@ class DenoisingAutoEncoderLoss(NamedModelLoss):
         embeddings = self.encoder(damaged)["sentence_embedding"]
         logits = self.decoder(
             input_ids=ids[:, :-1],
+            attention_mask=None,  # its default, given by name for the hooks on a decoder that look it up
             encoder_hidden_states=embeddings[:, None],  # one place to look at
             encoder_attention_mask=damaged["attention_mask"][:, :1],
             use_cache=False,
