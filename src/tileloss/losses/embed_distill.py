@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from tileloss.errors import ColumnsError, InputError, ShapeError
 from tileloss.functional import paired_distance
+from tileloss.functional.mean_squared_error import mean_squared_error
 from tileloss.losses import citations
 from tileloss.losses.columns import embed_columns
 
-_METRICS = {"mse": "squared_euclidean", "l2": "euclidean", "cosine": "torch_cosine"}
+_METRICS = ("mse", "l2", "cosine")
+_DISTANCES = {"l2": "euclidean", "cosine": "torch_cosine"}
 
 
 class EmbedDistillLoss(nn.Module):
@@ -113,9 +115,10 @@ class EmbedDistillLoss(nn.Module):
                 "is the same text's in both. A student of another width than the teacher's needs the teacher's as "
                 "projection_dim."
             )
-        distance = paired_distance(student, teacher, metric=_METRICS[self.distance_metric]).mean()
         if self.distance_metric == "mse":
-            distance = distance / student.shape[1]
+            distance = mean_squared_error(student, teacher)
+        else:
+            distance = paired_distance(student, teacher, metric=_DISTANCES[self.distance_metric]).mean()
         return distance.to(student.dtype)
 
     def save_projection(self, path: str | os.PathLike[str]) -> None:
