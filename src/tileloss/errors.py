@@ -26,7 +26,7 @@ class DeviceError(InputError, RuntimeError):
 
 
 class KindError(InputError, TypeError, AssertionError):
-    """A model or a loss of a kind that the function cannot work with."""
+    """A model, a loss or a setting of a kind that the function cannot work with."""
 
 
 class MissingError(InputError, AttributeError, AssertionError):

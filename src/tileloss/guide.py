@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tileloss.arguments import finite_number
 from tileloss.errors import DeviceError, DtypeError, InputError, ShapeError
 
 STRATEGIES = ("absolute", "relative")
@@ -39,7 +40,10 @@ class Guide(NamedTuple):
         """Refuse a guide that does not fit the embeddings, or settings that mean nothing."""
         if self.strategy not in STRATEGIES:
             raise InputError(f"margin_strategy must be 'absolute' or 'relative', got {self.strategy!r}.")
+        finite_number(self.margin, "The margin of a guide must be a finite number")
         for name, own, guided in (("queries", queries, self.queries), ("docs", docs, self.docs)):
+            if not isinstance(guided, Tensor):
+                raise InputError(f"The guide's {name} must be a tensor, got {type(guided).__name__}.")
             if guided.ndim != 2 or len(guided) != len(own):
                 raise ShapeError(
                     f"The guide's {name} have shape {tuple(guided.shape)}; they must be a matrix with one row for "

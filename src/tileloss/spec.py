@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tileloss.arguments import finite_number
 from tileloss.errors import InputError
 from tileloss.similarity import SimilarityFn, recognise
 
@@ -46,7 +47,7 @@ class ContrastiveSpec:
             )
         if self.hardness not in HARDNESS_MODES:
             raise InputError(f"hardness_mode must be one of {list(HARDNESS_MODES)}, got {self.hardness!r}.")
-        if not self.hardness_strength >= 0:
+        if not finite_number(self.hardness_strength, "hardness_strength must be non-negative") >= 0:
             raise InputError(f"hardness_strength must be non-negative, got {self.hardness_strength!r}.")
 
     def _check_directions(self) -> None:

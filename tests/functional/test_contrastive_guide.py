@@ -148,6 +148,10 @@ def test_bad_guides_are_refused() -> None:
         contrastive_loss(queries, docs, exclude=Guide(guide_queries.long(), guide_docs))
     with pytest.raises(InputError, match="'absolute' or 'relative'"):
         contrastive_loss(queries, docs, exclude=Guide(guide_queries, guide_docs, strategy="percent"))
+    with pytest.raises(InputError, match="guide's docs must be a tensor, got list"):
+        contrastive_loss(queries, docs, exclude=Guide(guide_queries, guide_docs.tolist()))
+    with pytest.raises(InputError, match="margin of a guide must be a finite number, got nan"):
+        contrastive_loss(queries, docs, exclude=Guide(guide_queries, guide_docs, margin=float("nan")))
     both = ("query_to_doc", "doc_to_query")
     with pytest.raises(InputError, match="doc_to_query"):
         contrastive_loss(queries, docs, directions=both, exclude=Guide(guide_queries, guide_docs))

@@ -224,6 +224,7 @@ def test_an_empty_batch_is_nan(size: int, backend: str) -> None:
         (7, InputError, "sequence of prefix widths"),
         ({7: float("nan")}, InputError, "finite"),
         ({7: float("inf")}, InputError, "finite"),
+        ({7: "1"}, InputError, "finite numbers, got '1'"),
     ],
 )
 def test_bad_widths(dims: Any, error: type[Exception], message: str) -> None:

@@ -282,6 +282,8 @@ WRONG: list[tuple[type[Exception], tuple[Any, ...], dict[str, Any], str]] = [
     (InputError, ([[1.0]], SECOND, WEIGHT, BIAS), {}, "first must be a tensor, got list"),
     (InputError, (FIRST, SECOND, WEIGHT, BIAS), {"concatenate": ()}, "at least one of"),
     (InputError, (FIRST, SECOND, WEIGHT, BIAS), {"concatenate": "rep"}, "at least one of"),
+    (TypeError, (FIRST, SECOND, WEIGHT, BIAS), {"concatenate": 2}, "at least one of"),
+    (InputError, (FIRST, SECOND, WEIGHT, [0.0]), {}, "bias must be a tensor or None, got list"),
     (InputError, (FIRST, SECOND, WEIGHT, BIAS), {"concatenate": ["sum"]}, "at least one of"),
     (BackendError, (FIRST, SECOND, WEIGHT, BIAS), {"backend": "triton"}, "cannot run"),
 ]  # fmt: skip

@@ -315,6 +315,8 @@ GOOD = torch.zeros(4, 2)
         (GOOD, torch.zeros(4), {"mining": "easy"}, ValueError, "mining must be one of"),
         (GOOD, torch.zeros(4), {"margin": "hard"}, ValueError, "a number or 'soft'"),
         (GOOD, torch.zeros(4), {"margin": float("nan")}, ValueError, "finite"),
+        (GOOD, torch.zeros(4), {"margin": None}, TypeError, "a finite number or 'soft', got None"),
+        (GOOD, torch.zeros(4), {"margin": torch.zeros(2)}, TypeError, "a finite number or 'soft', got tensor"),
         (GOOD, torch.zeros(4), {"distance": "manhattan"}, ValueError, "distance must be one of"),
         (GOOD, torch.zeros(4), {"distance": 3}, ValueError, "distance must be one of"),
         (GOOD, torch.zeros(4), {"distance": lambda e: e}, ValueError, "(4, 4) matrix"),

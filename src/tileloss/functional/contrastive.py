@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tileloss import backend, reference
+from tileloss.arguments import items, number
 from tileloss.errors import DeviceError, DtypeError, InputError, ShapeError
 from tileloss.functional.checks import check_queries_and_docs
 from tileloss.functional.contrastive_op import block_loss
@@ -151,7 +152,8 @@ def check_call(
     exclude: Tensor | Guide | None,
 ) -> Call:
     """Refuse arguments of `contrastive_loss` that do not fit, and give the others in the backends' form."""
-    directions = directions if isinstance(directions, str) else tuple(directions or ())
+    if not isinstance(directions, str):
+        directions = items(() if directions is None else directions, "directions must be a tuple of names")
     spec = ContrastiveSpec(similarity, directions, partition, *_mode_and_strength(hardness))
     check_scale(scale)
     scale = scale.reshape(()) if isinstance(scale, Tensor) else scale  # so that its dtype never decides the result's
@@ -166,9 +168,10 @@ def check_call(
 def _mode_and_strength(hardness: tuple[str | None, float] | None) -> tuple[str | None, float]:
     if hardness is None:
         return None, 0.0
-    if isinstance(hardness, str) or len(hardness) != 2:
+    pair = items(hardness, "hardness must be a pair (mode, strength)")
+    if len(pair) != 2:
         raise InputError(f"hardness must be a pair (mode, strength), got {hardness!r}.")
-    return hardness
+    return pair
 
 
 def check_scale(scale: float | Tensor) -> None:
@@ -179,7 +182,7 @@ def check_scale(scale: float | Tensor) -> None:
         if not scale.is_floating_point():
             raise DtypeError(f"scale must be a floating-point tensor, got {scale.dtype}.")
         return
-    if not 0 < scale < math.inf:  # nan included; torch.compile cannot follow math.isinf
+    if not 0 < number(scale, "Scale must be a number or a tensor") < math.inf:  # nan included
         raise InputError(f"Scale must be a positive value. Got {scale!r}; 20.0 suits cosine, 1.0 dot products.")
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from tileloss import backend, reference
-from tileloss.errors import InputError
+from tileloss.arguments import finite_number
 from tileloss.functional.contrastive import ContrastiveStats, check_call, choose_backend
 from tileloss.functional.matryoshka_op import block_matryoshka
 from tileloss.functional.prefix_cosines import check_dims
@@ -118,7 +118,4 @@ def _matryoshka(
 def _weights(dims: Sequence[int] | Mapping[int, float], count: int) -> list[float]:
     if not isinstance(dims, Mapping):
         return [1.0] * count
-    weights = [float(weight) for weight in dims.values()]
-    if any(weight - weight != 0.0 for weight in weights):  # torch.compile cannot follow math.isfinite
-        raise InputError(f"The weights of prefix widths must be finite numbers, got {weights}.")
-    return weights
+    return [finite_number(x, "The weights of prefix widths must be finite numbers") for x in dims.values()]

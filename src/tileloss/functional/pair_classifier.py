@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tileloss import backend
+from tileloss.arguments import items
 from tileloss.errors import DeviceError, DtypeError, InputError, ShapeError
 from tileloss.functional.checks import check_rows
 from tileloss.functional.pair_classifier_op import block_pair_logits
@@ -81,10 +82,11 @@ def pair_logits(
 
 
 def _parts(concatenate: Collection[str]) -> PairParts:
-    parts = PairParts(*(name in concatenate for name in PairParts._fields))
-    if isinstance(concatenate, str) or sum(parts) < max(len(concatenate), 1):
-        known = list(PairParts._fields)
-        raise InputError(f"concatenate must name at least one of {known}, each once, got {concatenate!r}.")
+    expected = f"concatenate must name at least one of {list(PairParts._fields)}, each once"
+    given = items(concatenate, expected)
+    parts = PairParts(*(name in given for name in PairParts._fields))
+    if sum(parts) < max(len(given), 1):
+        raise InputError(f"{expected}, got {concatenate!r}.")
     return parts
 
 
@@ -102,6 +104,8 @@ def _check(first: Tensor, second: Tensor, weight: Tensor, bias: Tensor | None, p
             f"The weight has {weight.shape[1]} columns, and the features of a pair are {parts.vectors} vectors of "
             f"{first.shape[1]} numbers: it must have {width}."
         )
+    if bias is not None and not isinstance(bias, Tensor):
+        raise InputError(f"bias must be a tensor or None, got {type(bias).__name__}.")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ShapeError(
             f"bias has shape {tuple(bias.shape)}: there must be one number for each of {len(weight)} rows."

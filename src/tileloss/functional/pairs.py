@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tileloss import backend, reference
+from tileloss.arguments import finite_number, items
 from tileloss.errors import DeviceError, InputError, ShapeError
 from tileloss.functional.checks import check_rows
 from tileloss.functional.pairs_op import block_pairs
@@ -98,14 +99,15 @@ def paired_distance(
     """
     if metric not in _METRICS:
         raise InputError(f"metric must be one of {list(_METRICS)}, got {metric!r}.")
-    found = _measured(a, b, metric, eps)
+    found = _measured(a, b, metric, finite_number(eps, "eps must be a finite number"))
     return found if metric in DISTANCES else 1 - found
 
 
 def _measured(a: Tensor, b: Tensor | Sequence[Tensor], measure: str, eps: float) -> Tensor:
     if isinstance(b, Tensor):
         return paired_columns(a, [b], measure, eps)[0]
-    return torch.stack(list(paired_columns(a, b, measure, eps)), dim=1)
+    others = items(b, "b must be a tensor or a sequence of tensors")
+    return torch.stack(list(paired_columns(a, others, measure, eps)), dim=1)
 
 
 def paired_columns(

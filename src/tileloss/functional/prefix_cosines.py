@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tileloss import backend
+from tileloss.arguments import items
 from tileloss.errors import DeviceError, DtypeError, InputError, ShapeError
 from tileloss.functional.checks import check_rows
 from tileloss.functional.prefix_cosines_op import block_prefix_cosines
@@ -81,12 +82,11 @@ def prefix_cosines(
 
 def check_dims(dims: Any, width: int) -> list[int]:
     """The prefix widths as integers; refuses none at all, and what rows of `width` numbers have no prefix of."""
-    if isinstance(dims, str) or not hasattr(dims, "__iter__"):
-        raise InputError(f"dims must be a sequence of prefix widths, got {dims!r}.")
+    given = items(dims, "dims must be a sequence of prefix widths")
     try:
-        found = [operator.index(dim) for dim in dims]
+        found = [operator.index(dim) for dim in given]
     except TypeError:
-        raise InputError(f"dims must hold integers, got {list(dims)}.") from None
+        raise InputError(f"dims must hold integers, got {list(given)}.") from None
     if not found:
         raise InputError("You must provide at least one prefix width in dims.")
     if min(found) <= 0:

@@ -8,7 +8,6 @@ that a forward whose backward is never called has done the backward's work; unde
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tileloss import backend
+from tileloss.arguments import finite_number
 from tileloss.errors import InputError, ShapeError
 from tileloss.functional.checks import check_labels, check_rows
 from tileloss.functional.triplet_op import block_loss, materialised_loss
@@ -191,9 +191,7 @@ def _check_margin(margin: float | str) -> float:
         if margin != "soft":
             raise InputError(f"margin must be a number or 'soft', got {margin!r}.")
         return 0.0
-    if not -math.inf < margin < math.inf:  # nan included
-        raise InputError(f"margin must be a finite number or 'soft', got {margin!r}.")
-    return float(margin)
+    return finite_number(margin, "margin must be a finite number or 'soft'")
 
 
 def _check_embeddings(embeddings: Any) -> None:
