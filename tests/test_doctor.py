@@ -3,24 +3,27 @@
 import inspect
 import json
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import tileloss
-from tileloss import backend, cli, doctor, functional
+from tileloss import backend, cli, doctor, functional, loss_probes, losses
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def only(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Leaves these functions to be tried, in these checks."""
+    """Leaves these losses and functions to be tried, in these checks."""
 
     def leave(*names: str, checks: tuple[str, ...] = ("self-check",)) -> None:
-        monkeypatch.setattr(doctor, "PROBES", {name: doctor.PROBES[name] for name in names})
+        monkeypatch.setattr(doctor, "PROBES", {name: doctor.PROBES[name] for name in names if name in doctor.PROBES})
+        monkeypatch.setattr(doctor, "LOSSES", [name for name in names if name in doctor.LOSSES])
         monkeypatch.setattr(doctor, "CHECKS", {title: doctor.CHECKS[title] for title in checks})
 
     return leave
@@ -30,6 +33,12 @@ def test_every_public_function_is_tried() -> None:
     functions = {name for name in functional.__all__ if inspect.isfunction(getattr(functional, name))}
     tried = {name.partition(",")[0] for name in doctor.PROBES}
     assert tried == {name for name in functions if not name.endswith("_with_stats")}
+
+
+def test_every_loss_is_tried_or_its_absence_explained() -> None:
+    names = {name for name in losses.__all__ if issubclass(getattr(losses, name), nn.Module)}
+    assert {*doctor.LOSSES, *loss_probes.ELSEWHERE} == names
+    assert not {*doctor.LOSSES} & {*loss_probes.ELSEWHERE}
 
 
 def test_all_is_well_here(capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,9 +60,9 @@ def test_the_report_for_programs(only: Callable[..., None], capsys: pytest.Captu
     (checked,) = report["checks"]["self-check"]
     assert checked["name"] == "triplet_loss, hard (tiled)"
     assert 0 <= checked["facts"]["value"] <= checked["facts"]["limits"][0]
-    (served,) = report["checks"]["backends"]
-    assert served["facts"]["32"]["backend"] == "reference"
-    assert served["facts"]["2048"]["backend"] == "tiled"
+    served = {finding["name"]: finding["facts"] for finding in report["checks"]["backends"]}
+    assert served["triplet_loss, hard"]["32"][0]["backend"] == "reference"
+    assert served["triplet_loss, hard"]["2048"][0]["backend"] == "tiled"
 
 
 @pytest.mark.parametrize(
@@ -80,6 +89,32 @@ def test_a_function_that_computes_something_else_fails(
     monkeypatch.setattr(functional, "paired_distance", wrong)
     assert cli.main(["doctor", "--device", "cpu"]) == 1
     assert capsys.readouterr().out.endswith("1 failed: paired_distance (tiled)\n")
+
+
+def test_it_says_what_a_loss_would_run(only: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    """By calling it, so that whatever bends the choice shows: here a backend that is asked for."""
+    only("TripletLoss", "MSELoss", checks=("backends",))
+    with tileloss.use_backend("tiled"):
+        report = doctor.examine(CPU)
+    served = {finding.name: finding for finding in report["backends"]}
+    for name in ("TripletLoss", "MSELoss"):
+        assert {choice["backend"] for choice in served[name].facts["32"]} == {"tiled"}
+    assert cli.main(["doctor", "--device", "cpu"]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert "TripletLoss 32 rows: reference, 2,048 rows: tiled (it is the fastest on cpu)" in words
+    assert "AdaptiveLayerLoss that of the loss inside" in words
+
+
+def test_a_loss_that_lacks_a_package_is_no_failure(
+    only: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    only("GISTEmbedLoss", checks=("backends",))
+    for name in ("transformers", "tokenizers"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert cli.main(["doctor", "--device", "cpu"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "GISTEmbedLoss" in line)
+    assert line.startswith("!")
+    assert "tokenizers" in line
 
 
 def test_a_function_that_raises_fails_alone(
@@ -112,12 +147,12 @@ def test_settings_that_bend_the_choice_are_shown(
 ) -> None:
     only("paired_distance", checks=("triton", "backends"))
     monkeypatch.setenv("TILELOSS_AUTOTUNE", "0")
-    monkeypatch.setenv("TILELOSS_BACKEND", "reference")
+    monkeypatch.setattr(backend, "_environment", "reference")
     assert cli.main(["doctor", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert "'reference', by the environment variable TILELOSS_BACKEND" in out
     assert "it was asked for by name" in out
-    monkeypatch.setenv("TILELOSS_BACKEND", "triton")
+    monkeypatch.setattr(backend, "_environment", "triton")
     assert cli.main(["doctor", "--device", "cpu"]) == 1
     assert "was asked for and cannot run" in capsys.readouterr().out
 

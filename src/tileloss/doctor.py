@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import tileloss
-from tileloss import backend, functional
+from tileloss import backend, functional, loss_probes
 from tileloss.errors import BackendError
 from tileloss.guide import Guide
 from tileloss.integrations.sentence_transformers import TESTED_VERSIONS
@@ -30,7 +30,8 @@ from tileloss.integrations.sentence_transformers import TESTED_VERSIONS
 OK, NOTE, FAILED = "ok", "note", "failed"
 PACKAGES = ("torch", "triton", "sentence-transformers", "transformers", "accelerate", "datasets")
 SIZES = (32, 2048)  # rows for which the choice of a backend is shown, of embeddings as wide as
-USUAL_WIDTH = 384
+USUAL_WIDTH = loss_probes.WIDTH
+LOSSES = tuple(loss_probes.PROBES)
 _AUTOTUNE = "TILELOSS_AUTOTUNE"  # read by the kernels, which only Triton can import
 ROWS, WIDTH = 100, 65  # of the self-check: neither fills a block or a tile
 
@@ -148,27 +149,39 @@ def triton(device: torch.device) -> Iterator[Finding]:
 
 
 def backends(device: torch.device) -> Iterator[Finding]:
-    """Which backend would serve each function, and why."""
+    """Which backend would serve each loss and each function, and why."""
     asked = backend.requested()
     if asked != "auto":
         origin = f"the environment variable {backend.ENVIRONMENT_VARIABLE}"
         yield Finding("asked for", f"{asked!r}, by {origin}, for every call", NOTE)
+    for name in LOSSES:
+        yield _served(name, lambda rows, name=name: loss_probes.call(name, rows, device))  # type: ignore[misc]
+    for name, why in loss_probes.ELSEWHERE.items():
+        yield Finding(name, why)
     for name, probe in PROBES.items():
+        yield _served(
+            name,
+            lambda rows, probe=probe: probe(inputs(rows, USUAL_WIDTH, torch.float32, device)),  # type: ignore[misc]
+        )
+
+
+def _served(name: str, call: Callable[[int], object]) -> Finding:
+    """What calls of two sizes choose, each the backends in the order of their use."""
+    choices: dict[int, list[backend.Choice]] = {}
+    for rows in SIZES:
         try:
-            choices = {rows: _choice(probe, rows, device) for rows in SIZES}
+            with backend.recorded() as choices[rows], torch.no_grad(), _untuned():
+                call(rows)
+        except ImportError as error:
+            return Finding(name, f"not to be had here: {error}", NOTE)
         except Exception as error:
-            yield _raised(name, error)
-            continue
-        shown = ", ".join(f"{rows:,} rows: {choice.backend}" for rows, choice in choices.items())
-        facts = {str(rows): choice._asdict() for rows, choice in choices.items()}
-        yield Finding(name, f"{shown} ({choices[SIZES[-1]].reason})", facts=facts)
-
-
-def _choice(probe: Callable[[Inputs], Tensor], rows: int, device: torch.device) -> backend.Choice:
-    """What a call chooses first, which is what serves its largest matrix."""
-    with backend.recorded() as made, torch.no_grad(), _untuned():
-        probe(inputs(rows, USUAL_WIDTH, torch.float32, device))
-    return made[0] if made else backend.Choice("reference", "it has one form alone")
+            return _raised(name, error)
+    if not choices[SIZES[0]]:
+        return Finding(name, "reference (it has one form alone)")
+    used = {rows: " and ".join(dict.fromkeys(choice.backend for choice in made)) for rows, made in choices.items()}
+    shown = ", ".join(f"{rows:,} rows: {names}" for rows, names in used.items())
+    facts = {str(rows): [choice._asdict() for choice in made] for rows, made in choices.items()}
+    return Finding(name, f"{shown} ({choices[SIZES[-1]][0].reason})", facts=facts)
 
 
 def self_check(device: torch.device) -> Iterator[Finding]:

@@ -7,18 +7,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tileloss import losses, paired, similarity
+from tileloss import given, losses, paired, similarity
 from tileloss.losses import MatryoshkaLoss, prefixes
 
 oracle = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
-workloads = pytest.importorskip("tileloss.bench.workloads")
 
 WEIGHTS = {16: 1.0, 8: 0.5, 3: 0.25}
 WIDTH = max(WEIGHTS)
 CACHED = {"mini_batch_size": 4}
 
 
-class Given(workloads.Given):
+class Given(given.Given):
     """A model whose features hold its embeddings, and that counts its calls."""
 
     def __init__(self, key: str = "sentence_embedding") -> None:

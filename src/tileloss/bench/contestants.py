@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 import tileloss.losses
 from tileloss.backend import use_backend
-from tileloss.bench.workloads import Case, Given, Workload, widths
+from tileloss.bench.workloads import Case, Workload, widths
+from tileloss.given import Given
 
 Loss = Callable[[list[Tensor]], Tensor]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 SCALE = 20.0
 PREFIXES = (1.0, 2 / 3, 1 / 3, 1 / 6, 1 / 12)  # of 768 numbers: 768, 512, 256, 128, 64
@@ -96,28 +96,6 @@ class Workload:
 def widths(shares: Sequence[float], width: int) -> list[int]:
     """Those shares of a width, as whole numbers."""
     return [max(round(share * width), 1) for share in shares]
-
-
-class Given(nn.Module):
-    """A model whose embeddings come with the features; with a tokenizer, which guided losses ask for."""
-
-    max_seq_length = 512
-    device = None  # a layer that a loss adds is made on the default device, and moved
-
-    def __init__(self, key: str) -> None:
-        from tokenizers import Tokenizer
-        from tokenizers.models import WordLevel
-        from transformers import PreTrainedTokenizerFast
-
-        super().__init__()
-        self.key = key
-        self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"[UNK]": 0}, "[UNK]")))
-
-    def get_embedding_dimension(self) -> None:
-        """Nothing: the features decide."""
-
-    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
-        return {"sentence_embedding": features[self.key]}
 
 
 @functools.cache
