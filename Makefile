@@ -15,7 +15,7 @@ HAS_GPU := import torch, pytest, sys; sys.exit(not (torch.cuda.is_available() or
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test bench gpu compile-report lint venv tree
+.PHONY: help demo test bench gpu compile-report docs lint venv tree
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -45,6 +45,9 @@ gpu: tree ## on a GPU machine: its tests and its sweep, within ten minutes and w
 
 compile-report: venv ## compile every kernel for each GPU family, without a GPU, and print what came out
 	@.venv/bin/python -P -m tileloss.kernels.compile_report
+
+docs: venv ## build the site of the documentation into build/site; a broken link is an error
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
 
 lint: venv tree ## ruff and mypy
 	@.venv/bin/ruff check

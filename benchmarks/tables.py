@@ -1,15 +1,17 @@
-"""Write the tables of figures in README.md and docs/losses.md from the results of `tileloss bench --preset targets`.
+"""Write the tables of figures in README.md and docs/, and the names of pictures, from the newest results.
 
-    python benchmarks/tables.py            # rewrite both tables from the newest results
-    python benchmarks/tables.py --check    # change nothing; exit with 1 if a table is not what the results say
+    python benchmarks/tables.py            # rewrite all of them
+    python benchmarks/tables.py --check    # change nothing; exit with 1 if one is not what the results say
 
 No figure is typed: a table stands between two comments, `<!-- NAME -->` and `<!-- /NAME -->`, and is replaced whole.
+Times and memory come from `tileloss bench --preset targets`, errors from benchmarks/numerics.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -17,8 +19,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PICTURES = "../benchmarks/results"  # seen from docs/
 MIB = 2**20
 SMALL, USUAL_WIDTH = 64, 384
+ROUNDING = 2**-23  # of one float32 number: below it, which of two is nearer to float64 is luck
 OURS, THEIRS, FLOOR = "tileloss", "sentence-transformers", "matmul floor"
 
 
@@ -87,12 +92,17 @@ BACKENDS = {
 }
 
 
-def newest_results() -> Path:
-    """The file of the last run that was kept."""
-    files = sorted((ROOT / "benchmarks" / "results").glob("targets-cpu-2*.json"))
+def newest(kind: str, made_by: str) -> Path:
+    """The file of the last run of that kind that was kept."""
+    files = sorted(RESULTS.glob(f"{kind}-2*.json"))
     if not files:
-        raise SystemExit("benchmarks/results holds no targets-cpu-*.json: run `tileloss bench --preset targets` first")
+        raise SystemExit(f"benchmarks/results holds no {kind}-*.json: run `{made_by}` first")
     return files[-1]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What a file of results holds."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def seconds(case: dict[str, Any], who: str) -> float:
@@ -105,6 +115,11 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def paragraph(text: str) -> str:
+    """The text in lines, none of which ends within a word."""
+    return textwrap.fill(text, 119, break_on_hyphens=False)
+
+
 def origin(results: dict[str, Any]) -> str:
     """When, where and with what the results came about."""
     machine, versions = results["machine"], results["versions"]
@@ -113,26 +128,39 @@ def origin(results: dict[str, Any]) -> str:
         f"{machine['cpu']}, Python {versions['python']}, torch {versions['torch']}, sentence-transformers "
         f"{versions['sentence-transformers']}."
     )
-    return textwrap.fill(text, 119)
+    return paragraph(text)
+
+
+def targets(results: dict[str, Any], *, small: bool) -> list[dict[str, Any]]:
+    """The cases of the targets, in their order: those of the small batches, or the others."""
+    cases = {(case["workload"], case["batch"]): case for case in results["cases"]}
+    found = [cases[record["target"]["workload"], record["target"]["batch"]] for record in results["targets"]]
+    return [case for case in found if (case["batch"] <= SMALL) == small]
+
+
+def work(case: dict[str, Any], titles: dict[str, str]) -> str:
+    """What was done, at which size."""
+    width = "" if case["width"] == USUAL_WIDTH else f", D = {case['width']}"
+    return f"B = {case['batch']:,}, {titles[case['workload']]}{width}"
+
+
+def mebibytes(case: dict[str, Any], who: str) -> str:
+    """The peak of its memory."""
+    return f"{number(case['results'][who]['peak_bytes'] / MIB)} MiB"
 
 
 def figures_table(results: dict[str, Any], titles: dict[str, str]) -> Iterator[str]:
     """README's table: a line for each target of a large batch, in their order, and a sentence on the small ones."""
     yield "| work | sentence-transformers | tileloss | speed-up | of the floor | memory, theirs | memory, ours |"
     yield "|---|---|---|---|---|---|---|"
-    cases = {(case["workload"], case["batch"]): case for case in results["cases"]}
-    targets = [cases[record["target"]["workload"], record["target"]["batch"]] for record in results["targets"]]
-    for case in targets:
-        if case["batch"] <= SMALL:
-            continue
+    for case in targets(results, small=False):
         theirs, ours = (seconds(case, who) for who in (THEIRS, OURS))
-        width = "" if case["width"] == USUAL_WIDTH else f", D = {case['width']}"
         times = [f"{number(1e3 * theirs)} ms", f"{number(1e3 * ours)} ms", f"{number(theirs / ours)} x"]
         has_floor = "forward_backward" in case["results"][FLOOR]
         floor = f"{number(ours / seconds(case, FLOOR))} x" if has_floor else ""
-        held = [f"{number(case['results'][who]['peak_bytes'] / MIB)} MiB" for who in (THEIRS, OURS)]
-        yield f"| B = {case['batch']:,}, {titles[case['workload']]}{width} | {' | '.join([*times, floor, *held])} |"
-    small = sorted(seconds(case, OURS) / seconds(case, THEIRS) for case in targets if case["batch"] <= SMALL)
+        held = [mebibytes(case, who) for who in (THEIRS, OURS)]
+        yield f"| {' | '.join([work(case, titles), *times, floor, *held])} |"
+    small = sorted(seconds(case, OURS) / seconds(case, THEIRS) for case in targets(results, small=True))
     least, most = number(small[0]), number(small[-1])
     yield ""
     yield f"In batches of 32 or 64 rows, {len(small)} losses took {least} to {most} times as long as theirs."
@@ -160,12 +188,117 @@ def losses_table(results: dict[str, Any]) -> Iterator[str]:
     yield origin(results)
 
 
+def small_table(results: dict[str, Any], titles: dict[str, str]) -> Iterator[str]:
+    """A line for each target of a small batch."""
+    yield "| work | sentence-transformers | tileloss | times as long |"
+    yield "|---|---|---|---|"
+    for case in targets(results, small=True):
+        theirs, ours = (seconds(case, who) for who in (THEIRS, OURS))
+        times = [f"{1e3 * theirs:.2f} ms", f"{1e3 * ours:.2f} ms", f"{ours / theirs:.2f}"]
+        yield f"| {' | '.join([work(case, titles), *times])} |"
+    yield ""
+    yield origin(results)
+
+
+def memory_table(results: dict[str, Any], titles: dict[str, str]) -> Iterator[str]:
+    """A line for each target of a large batch, with the memory alone."""
+    yield "| work | sentence-transformers | tileloss | share |"
+    yield "|---|---|---|---|"
+    for case in targets(results, small=False):
+        held = {who: case["results"][who]["peak_bytes"] for who in (THEIRS, OURS)}
+        shown = [*(mebibytes(case, who) for who in held), number(held[OURS] / held[THEIRS])]
+        yield f"| {' | '.join([work(case, titles), *shown])} |"
+    yield ""
+    yield origin(results)
+
+
+def errors_tables(results: dict[str, Any], workloads: dict[str, Any]) -> Iterator[str]:
+    """For each dtype a line for each workload: how far loss and gradients are from float64, in the median batch."""
+    for dtype in dict.fromkeys(case["dtype"] for case in results["cases"]):
+        yield f"### {dtype}"
+        yield ""
+        yield "| loss | work | loss, theirs | loss, ours | gradients, theirs | gradients, ours |"
+        yield "|---|---|---|---|---|---|"
+        worse = []
+        for case in (case for case in results["cases"] if case["dtype"] == dtype):
+            workload = workloads[case["workload"]]
+            name = "MatryoshkaLoss" if workload.prefixes else workload.loss
+            cells = [f"[{name}](losses.md#{name.lower()})", workload.title]
+            for what in ("loss", "gradients"):
+                theirs, ours = (
+                    statistics.median(batch[who][what] for batch in case["batches"]) for who in (THEIRS, OURS)
+                )
+                cells += [f"{theirs:.1e}", f"{ours:.1e}"]
+                if ours > max(1.5 * theirs, ROUNDING):
+                    worse.append(f"the {what} of {name} ({ours / theirs:.1f} times)")
+            yield f"| {' | '.join(cells)} |"
+        yield ""
+        yield paragraph(
+            "Farther off than theirs by more than half, where that is more than the rounding of one float32 number: "
+            f"{', '.join(worse) or 'nothing'}."
+        )
+        yield ""
+    many = results["other_triplets"]
+    yield paragraph(
+        f"Of {many['batches']} batches of {many['batch']} rows in {many['dtype']}, semi-hard mining found another "
+        f"triplet than in float64 in {many[THEIRS]} with sentence-transformers and in {many[OURS]} with tileloss."
+    )
+    yield ""
+    yield origin(results)
+
+
+def pictures(files: list[Path], titles: dict[str, str]) -> Iterator[str]:
+    """The plots of runs over the batch size, each run with its origin."""
+    for file in files:
+        for name, title in titles.items():
+            if file.with_name(f"{file.stem}-{name}.png").exists():
+                yield f"![Time and memory against the batch size: {title}]({PICTURES}/{file.stem}-{name}.png)"
+                yield ""
+        yield origin(read(file))
+        yield ""
+
+
+def demo(file: Path) -> Iterator[str]:
+    """The plot of a whole training, and what was trained."""
+    run = read(file)
+    before, after = (run[when]["recall@10"] for when in ("before", "after"))
+    yield f"![Recall on held-out functions against the training step]({PICTURES}/{file.stem}-recall.png)"
+    yield ""
+    told = (
+        f"`make demo` on {run['date'][:10]}, torch {run['versions']['torch']}: {run['steps']} steps of "
+        f"{run['pairs_per_step']:,} pairs in {run['train_seconds']:.0f} s; recall@10 among {run['held_out_pairs']:,} "
+        f"held-out functions rose from {before:.3f} to {after:.3f}. The learning rate and the number of epochs were "
+        "chosen on the same functions: a demonstration, no benchmark."
+    )
+    yield paragraph(told)
+
+
+def documents() -> Iterator[tuple[Path, str, Iterator[str]]]:
+    """Every place that is written: the file, the name of the place, its lines."""
+    from tileloss.bench.workloads import WORKLOADS
+
+    titles = {name: workload.title for name, workload in WORKLOADS.items()}
+    trained = newest("demo-cpu", "make demo")
+    yield ROOT / "docs" / "index.md", "demo", demo(trained)
+    yield ROOT / "docs" / "figures.md", "demo", demo(trained)
+    yield ROOT / "docs" / "numerics.md", "errors", errors_tables(read(RESULTS / "numerics.json"), WORKLOADS)
+    measured = newest("targets-cpu", "tileloss bench --preset targets")
+    swept = newest("sweep-cpu", "tileloss bench")
+    results = read(measured)
+    yield ROOT / "README.md", "figures", figures_table(results, titles)
+    yield ROOT / "docs" / "losses.md", "table", losses_table(results)
+    yield ROOT / "docs" / "large-batches.md", "memory", memory_table(results, titles)
+    yield ROOT / "docs" / "figures.md", "figures", figures_table(results, titles)
+    yield ROOT / "docs" / "figures.md", "small", small_table(results, titles)
+    yield ROOT / "docs" / "figures.md", "pictures", pictures([measured, swept], titles)
+
+
 def replaced(text: str, name: str, lines: Iterator[str]) -> str:
     """The text with the table of that name put in place of the old one."""
     begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
     before, _, rest = text.partition(begin)
     _, _, after = rest.partition(end)
-    return before + begin + "\n" + "\n".join(lines) + "\n\n" + end + after
+    return before + begin + "\n" + "\n".join(lines).strip() + "\n\n" + end + after
 
 
 def main() -> int:
@@ -173,15 +306,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Write the tables of figures from the newest results.")
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a table is out of date")
     options = parser.parse_args()
-    from tileloss.bench.workloads import WORKLOADS
-
-    results = json.loads(newest_results().read_text(encoding="utf-8"))
-    titles = {name: workload.title for name, workload in WORKLOADS.items()}
     stale = []
-    for path, name, lines in (
-        (ROOT / "README.md", "figures", figures_table(results, titles)),
-        (ROOT / "docs" / "losses.md", "table", losses_table(results)),
-    ):
+    for path, name, lines in documents():
         text = path.read_text(encoding="utf-8")
         new = replaced(text, name, lines)
         if new != text:
@@ -189,7 +315,7 @@ def main() -> int:
             if not options.check:
                 path.write_text(new, encoding="utf-8")
     if stale:
-        print(f"{'out of date' if options.check else 'rewritten'}: {', '.join(stale)}")
+        print(f"{'out of date' if options.check else 'rewritten'}: {', '.join(dict.fromkeys(stale))}")
     return int(options.check and bool(stale))
 
 

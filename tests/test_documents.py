@@ -8,6 +8,7 @@ import sys
 import tomllib
 from doctest import DocTestFinder, DocTestRunner
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -47,18 +48,18 @@ def no_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/backends.md", "docs/large-batches.md"])
 @pytest.mark.usefixtures("no_download")
-def test_the_readmes_examples_run_as_written() -> None:
-    """All of them in order and in one namespace, as a reader would paste them."""
-    blocks = re.findall(
-        r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
-    )
-    assert len(blocks) >= 3
+def test_the_examples_run_as_written(name: str) -> None:
+    """All of a page in order and in one namespace, as a reader would paste them."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    assert blocks
     namespace: dict[str, object] = {}
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), namespace)
-    assert isinstance(namespace["loss"], torch.Tensor)
-    assert namespace["loss"].isfinite()
+        exec(compile(block, name, "exec"), namespace)
+    tensors = [value for value in namespace.values() if isinstance(value, torch.Tensor)]
+    assert tensors
+    assert all(tensor.isfinite().all() for tensor in tensors)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=ids)
@@ -66,6 +67,13 @@ def test_links_lead_to_files(path: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8"))
     dead = [link for link in links if "://" not in link and not (path.parent / link).exists()]
     assert not dead
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=ids)
+def test_links_to_elsewhere_are_well_formed(path: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]*://[^)\s]*)", path.read_text(encoding="utf-8"))
+    parts = [urlsplit(link) for link in links]
+    assert all(part.scheme == "https" and re.fullmatch(r"[\w-]+(\.[\w-]+)+", part.netloc) for part in parts), links
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=ids)
