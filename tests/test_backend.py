@@ -1,5 +1,8 @@
 """Which backend serves a call: what is asked for, in what order of precedence, and what is said when it cannot run."""
 
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -26,7 +29,7 @@ class Pretended:
 
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TILELOSS_BACKEND", raising=False)
+    monkeypatch.setattr(backend, "_environment", "auto")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(backend, "_said", set())
     monkeypatch.setattr(backend, "_TRITON_IS_INSTALLED", True)
@@ -71,7 +74,7 @@ def test_an_exception_restores_it_too() -> None:
 
 def test_precedence_is_call_then_block_then_environment(ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     queries, docs = torch.randn(5, 3), torch.randn(5, 3)
-    monkeypatch.setenv("TILELOSS_BACKEND", "tiled")
+    monkeypatch.setattr(backend, "_environment", "tiled")
     contrastive_loss(queries, docs)
     with use_backend("reference"):
         contrastive_loss(queries, docs)
@@ -82,10 +85,14 @@ def test_precedence_is_call_then_block_then_environment(ran: list[str], monkeypa
     assert ran == ["tiled", "reference", "tiled", "reference", "reference"]
 
 
-@pytest.mark.parametrize("value", ["", "auto"])
-def test_an_empty_environment_variable_asks_for_nothing(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TILELOSS_BACKEND", value)
-    assert requested() == "auto"
+@pytest.mark.parametrize(("value", "expected"), [("", "auto"), ("auto", "auto"), ("tiled", "tiled")])
+def test_the_environment_counts_from_the_import_on(value: str, expected: str) -> None:
+    code = "import tileloss.backend; print(tileloss.backend.requested())"
+    environment = os.environ | {"TILELOSS_BACKEND": value}
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == expected
 
 
 def test_unknown_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +100,7 @@ def test_unknown_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         use_backend("cuda").__enter__()
     with pytest.raises(InputError, match="got 'Tiled'"):
         contrastive_loss(torch.randn(3, 2), torch.randn(3, 2), backend="Tiled")
-    monkeypatch.setenv("TILELOSS_BACKEND", "fast")
+    monkeypatch.setattr(backend, "_environment", "fast")
     with pytest.raises(InputError, match=r"the environment variable TILELOSS_BACKEND must be .*, got 'fast'"):
         contrastive_loss(torch.randn(3, 2), torch.randn(3, 2))
 
@@ -165,7 +172,7 @@ def test_forcing_triton_where_it_cannot_run_says_why(device: str, dtype: torch.d
 def test_forcing_triton_on_a_cpu_reaches_the_caller(ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BackendError, match="no kernels for cpu"):
         contrastive_loss(torch.randn(3, 2), torch.randn(3, 2), backend="triton")
-    monkeypatch.setenv("TILELOSS_BACKEND", "triton")
+    monkeypatch.setattr(backend, "_environment", "triton")
     with pytest.raises(BackendError, match="no kernels for cpu"):
         contrastive_loss(torch.randn(3, 2), torch.randn(3, 2))
     assert ran == []

@@ -26,6 +26,8 @@ from tileloss.errors import BackendError, FallbackWarning, InputError, ShapeErro
 
 BACKENDS = ("reference", "tiled", "triton")
 ENVIRONMENT_VARIABLE = "TILELOSS_BACKEND"
+# read once: a look at the environment costs as much as a tenth of a small batch's loss
+_environment = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
 
 _TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None  # looks for it without importing it
 _TRITON_DEVICES = ("cuda", "xpu")  # ROCm tensors call themselves cuda
@@ -107,11 +109,15 @@ def accepts_backend(function: _Fn) -> _Fn:
 
 
 def requested() -> str:
-    """The backend that was asked for: by the enclosing `use_backend`, else by TILELOSS_BACKEND, else "auto"."""
+    """The backend that was asked for: by the enclosing `use_backend`, else by TILELOSS_BACKEND, else "auto".
+
+    The environment counts as it was when tileloss was imported.
+    """
     if _forced is not None:
         return _forced
-    name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
-    return _check_name(name, f"the environment variable {ENVIRONMENT_VARIABLE}")
+    if _environment == "auto":
+        return _environment
+    return _check_name(_environment, f"the environment variable {ENVIRONMENT_VARIABLE}")
 
 
 def interpreting() -> bool:
@@ -152,26 +158,28 @@ def choose(
 
 
 def _choice(tensor: Tensor, similarities: int | None, obstacles: Mapping[str, str] | None) -> Choice:
-    name = requested()
-    # first of all, because a small batch is where microseconds count
-    if name == "auto" and similarities is not None and similarities <= _SMALL.get(tensor.device.type, 0):
-        return _SMALL_CHOICE
+    name, device = requested(), tensor.device
+    best = "triton" if device.type in _TRITON_DEVICES and _TRITON_IS_INSTALLED else "tiled"
+    if name == "auto":  # first of all, because a small batch is where microseconds count
+        if similarities is not None and similarities <= _SMALL.get(device.type, 0):
+            return _SMALL_CHOICE
+        if best == "tiled" and not obstacles:
+            return Choice(best, f"it is the fastest on {device.type}")
     obstacles = dict(obstacles or {})
-    device_obstacle = _triton_obstacle(tensor.device, tensor.dtype)
+    device_obstacle = _triton_obstacle(device, tensor.dtype)
     if device_obstacle:
         obstacles["triton"] = device_obstacle
     if name != "auto":
         if name in obstacles:
             raise BackendError(f"The backend {name!r} was asked for and cannot run: {obstacles[name]}.")
         return Choice(name, "it was asked for by name")
-    best = "triton" if tensor.device.type in _TRITON_DEVICES and _TRITON_IS_INSTALLED else "tiled"
     for name in (best, "tiled"):
         if name not in obstacles:
             break
     else:
         name = "reference"
     if name == best:
-        return Choice(name, f"it is the fastest on {tensor.device.type}")
+        return Choice(name, f"it is the fastest on {device.type}")
     reason = obstacles[best]
     say_once(f"tileloss falls back from the {best!r} to the {name!r} backend: {reason}.")
     return Choice(name, f"{best!r} was ruled out: {reason}")

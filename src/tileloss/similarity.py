@@ -33,8 +33,10 @@ def up_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def up(x: Tensor) -> Tensor:
     """Raise floats narrower than 32 bits to float32; leave every other dtype as it is."""
-    dtype = up_dtype(x.dtype)
-    return x if dtype == x.dtype else x.to(dtype)  # small batches feel even a conversion to the same dtype
+    dtype = x.dtype
+    if dtype == torch.float32 or up_dtype(dtype) == dtype:  # small batches feel even a conversion to the same dtype
+        return x
+    return x.float()
 
 
 def full_precision(device_type: str) -> AbstractContextManager[Any]:

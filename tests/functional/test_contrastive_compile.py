@@ -154,7 +154,7 @@ def test_opcheck(
 
 
 def test_environment_is_read_under_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TILELOSS_BACKEND", "reference")
+    monkeypatch.setattr(tileloss.backend, "_environment", "reference")
     monkeypatch.setattr(tiled, "contrastive_loss", None)
     queries, docs = torch.randn(300, 5), torch.randn(300, 5)
     torch.compile(contrastive_loss, fullgraph=True, backend="aot_eager")(queries, docs)

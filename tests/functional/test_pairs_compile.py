@@ -36,7 +36,7 @@ def value_and_gradients(loss_of, *inputs: Tensor) -> list[Tensor]:  # type: igno
 )
 def test_one_graph_with_the_same_numbers(compiler: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pairs_op, "_through_definition", None)  # it serves second derivatives alone
-    monkeypatch.setenv("TILELOSS_BACKEND", backend)
+    monkeypatch.setattr(tileloss.backend, "_environment", backend)
     inputs = [torch.randn(20, 5) for _ in range(3)]
     compiled = torch.compile(some_loss, fullgraph=True, backend=compiler)
     for a, b in zip(value_and_gradients(compiled, *inputs), value_and_gradients(some_loss, *inputs), strict=True):

@@ -21,9 +21,9 @@ from tileloss.paired import DISTANCES, PAIRED
 from tileloss.similarity import full_precision
 
 _SIMILARITIES = tuple(PAIRED.functions)
-# of a number, against one of a similarity in a matrix: on a CPU blocks of cosines and angles pay from 40 rows of 768;
-# what autograd does for products and distances is little more than has to be, so that theirs pay from 700 on
-_WORTH = dict.fromkeys(("dot", *DISTANCES), 1 / 8) | dict.fromkeys(("cosine", "torch_cosine", "angle"), 2.2)
+# of a number, against one of a similarity in a matrix: on a CPU blocks of cosines always pay, those of angles from 40
+# rows of 768; what autograd does for products and distances is little more than has to be: theirs pay from 700 rows on
+_WORTH = {"cosine": 1e6, "torch_cosine": 1e6, "angle": 2.2} | dict.fromkeys(("dot", *DISTANCES), 1 / 8)
 _METRICS = (*DISTANCES, "cosine", "torch_cosine")
 
 
@@ -122,8 +122,7 @@ def paired_columns(
         measure: "cosine", "torch_cosine", "dot" or "angle", which are similarities; "euclidean", "squared_euclidean"
             and "manhattan" are distances, and not yet minus them.
     """
-    _check(a, others)
-    a, *others = _aligned([_dense(a), *map(_dense, others)])
+    a, *others = aligned_rows(a, others)
     chosen = _backend(a, others, measure)
     columns: Sequence[Tensor]
     if chosen != "reference":
@@ -132,6 +131,29 @@ def paired_columns(
         with full_precision(a.device.type):
             columns = [reference.paired_measure(a, other, measure, eps) for other in others]
     return [x.abs() for x in columns] if measure == "angle" else columns  # the way back needs the sign
+
+
+def aligned_rows(a: Tensor, others: Sequence[Tensor]) -> list[Tensor]:
+    """The matrices as dense ones with as many rows each, or an error that says which does not fit."""
+    if _are_alike(a, others):
+        return [a, *others]
+    _check(a, others)
+    return _aligned([_dense(a), *map(_dense, others)])
+
+
+def _are_alike(a: Tensor, others: Sequence[Tensor]) -> bool:
+    """Whether the matrices are dense, of one shape, dtype and device: nearly all are, and a microsecond tells it."""
+    if not (isinstance(a, Tensor) and a.ndim == 2 and a.is_floating_point() and len(others) > 0):
+        return False
+    shape, dtype, device = a.shape, a.dtype, a.device
+    return a.layout == torch.strided and all(
+        isinstance(b, Tensor)
+        and b.shape == shape
+        and b.dtype == dtype
+        and b.device == device
+        and b.layout == torch.strided
+        for b in others
+    )
 
 
 def _check(a: Tensor, others: Sequence[Tensor]) -> None:
@@ -175,5 +197,5 @@ def _backend(a: Tensor, others: list[Tensor], measure: str) -> str:
         return "reference"  # whatever is asked for: without numbers there are no blocks, and the result is known
     widest = a  # of mixed inputs it decides, for they are computed in its dtype
     for x in others:
-        widest = x if x.element_size() > widest.element_size() else widest
+        widest = x if x.dtype != widest.dtype and x.element_size() > widest.element_size() else widest
     return backend.choose(widest, int(size * _WORTH.get(measure, 1.0))).backend

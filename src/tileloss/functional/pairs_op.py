@@ -15,6 +15,7 @@ from torch import Tensor
 from tileloss import reference
 from tileloss.similarity import full_precision
 from tileloss.tiled import pairs as tiled
+from tileloss.tiled.cosines import Cosines, cosines, cosines_backward
 
 
 def block_pairs(
@@ -27,6 +28,8 @@ def block_pairs(
     """The measures by the block algorithm of a backend, as a node of the autograd graph."""
     if torch.compiler.is_compiling():
         return _pairs([a, *others], measure, eps, backend)[0].unbind()
+    if backend == "tiled" and len(others) == 1 and tiled.is_small_cosine(a, others[0], measure):
+        return [_Cosines.apply(a, others[0], measure)]
     return _Pairs.apply(measure, eps, backend, a, *others)
 
 
@@ -58,6 +61,28 @@ class _Pairs(torch.autograd.Function):
         return None, None, None, *gradients
 
 
+class _Cosines(torch.autograd.Function):
+    """The same for one other matrix and a single block."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, measure: str) -> Tensor:
+        found, norms, clamped = cosines(a, b, measure)
+        ctx.measure = measure
+        ctx.save_for_backward(a, b, found, *norms, *clamped)
+        return found.squeeze(1)
+
+    @staticmethod
+    def backward(ctx: Any, d_found: Tensor) -> tuple[Tensor | None, ...]:
+        a, b, found, *norms = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled():
+            return (*_through_definition((d_found,), (a, b), ctx.measure, 0.0, needs), None)
+        if d_found._is_zerotensor():
+            d_found = d_found.clone()
+        known = Cosines(found, (norms[0], norms[1]), (norms[2], norms[3]))
+        return (*cosines_backward(d_found, a, b, known, ctx.measure, needs), None)
+
+
 @torch.library.custom_op("tileloss::pairs", mutates_args=())
 def _pairs(matrices: list[Tensor], measure: str, eps: float, backend: str) -> tuple[Tensor, Tensor]:
     a, *others = matrices
@@ -71,8 +96,10 @@ def _pairs(matrices: list[Tensor], measure: str, eps: float, backend: str) -> tu
 @_pairs.register_fake
 def _(matrices: list[Tensor], measure: str, eps: float, backend: str) -> tuple[Tensor, Tensor]:
     a = matrices[0]
-    found = a.new_empty(len(matrices) - 1, len(a), dtype=tiled.sums_dtype(matrices))
-    return found, found.new_empty(len(matrices) if measure in tiled.NORM_CLAMPS else 0, len(a))
+    # by shape, because len() would bind a compiled graph to one batch size
+    rows = a.shape[0]
+    found = a.new_empty(len(matrices) - 1, rows, dtype=tiled.sums_dtype(matrices))
+    return found, found.new_empty(len(matrices) if measure in tiled.NORM_CLAMPS else 0, rows)
 
 
 @torch.library.custom_op("tileloss::pairs_backward", mutates_args=())

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from tileloss.errors import MissingError, ShapeError
+from tileloss.functional.margins import dot_margins
 from tileloss.losses import citations
 from tileloss.losses.columns import embed_columns, expect_columns
 from tileloss.losses.paired_scores import paired_scores
-from tileloss.paired import PAIRED, pairwise_dot_score
+from tileloss.paired import PAIRED, pairwise_dot_score, recognise_paired
 from tileloss.similarity import SimilarityFn, similarity_fct_name
 
 _COLUMNS = ("query", "positive", "negative")
@@ -68,6 +69,8 @@ class MarginMSELoss(nn.Module):
         expect_columns(self, embeddings, _COLUMNS, more=True)
         queries, *docs = embeddings
         margins = _margins(labels, len(queries), len(docs) - 1)
+        if len(docs) == 2 and recognise_paired(self.similarity_fct) == "dot":
+            return self.loss_fct(dot_margins(queries, *docs).unsqueeze(1), margins)
         positive, *negatives = paired_scores(self.similarity_fct, queries, docs)
         found = [positive - negative for negative in negatives]
         return self.loss_fct(found[0].unsqueeze(1) if len(found) == 1 else torch.stack(found, dim=1), margins)

@@ -9,6 +9,7 @@ memory, whose time it would feel.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -20,8 +21,8 @@ from tileloss.similarity import COSINE_FLOOR, NORM_FLOOR
 # clamps of the norms, and whether a norm below its clamp still has a gradient
 NORM_CLAMPS = {"cosine": (NORM_FLOOR, False), "torch_cosine": (COSINE_FLOOR, True), "angle": (NORM_FLOOR, False)}
 
-# of the scratch memory: measured on a CPU with 2 MB of second-level cache a core, and set by arithmetic on GPUs
-_BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
+# of the scratch memory: measured on CPUs with 1 and 2 MB of second-level cache a core, and set by arithmetic on GPUs
+_BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
 
 
 def paired_measure(
@@ -36,7 +37,7 @@ def paired_measure(
     """
     matrices = [a, *others]
     dtype = sums_dtype(matrices)
-    blocks = _blocks(a, dtype)
+    blocks = row_blocks(a, dtype)
     if len(blocks) == 1:
         return _measured(_raised(matrices, dtype), measure, eps, None)
     count = len(others) + (len(matrices) if measure in NORM_CLAMPS else 0)
@@ -63,7 +64,7 @@ def paired_measure_backward(
     dtype, matrices = found[0].dtype, [a, *others]
     cross, own = _slopes(d_found, found, norms, measure)
     cross, own = [x.unsqueeze(1) for x in cross], [x.unsqueeze(1) for x in own]
-    blocks = _blocks(a, dtype)
+    blocks = row_blocks(a, dtype)
     if len(blocks) == 1:
         raised = _raised(matrices, dtype)
         gradients = _pulled(raised, cross, own, measure, eps, needs, [None] * len(raised), None)
@@ -85,6 +86,16 @@ def paired_measure_backward(
             if target is not None and block is not None and out is None:
                 target.copy_(block)
     return gradients
+
+
+def is_small_cosine(a: Tensor, b: Tensor, measure: str) -> bool:
+    """Whether this is a cosine of one block whose operands are as wide as its sums; see `tileloss.tiled.cosines`."""
+    return (
+        measure in ("cosine", "torch_cosine")
+        and a.dtype == b.dtype
+        and a.dtype in (torch.float32, torch.float64)
+        and a.numel() * a.element_size() <= _BLOCK_BYTES.get(a.device.type, _BLOCK_BYTES["cuda"])
+    )
 
 
 def sums_dtype(matrices: Sequence[Tensor]) -> torch.dtype:
@@ -114,21 +125,20 @@ def _slopes(
     if measure == "euclidean":
         return [(d / x).masked_fill(x == 0.0, 0.0) for d, x in zip(d_found, found, strict=True)], []
     floor, below_has_gradient = NORM_CLAMPS[measure]
-    first, *clamped = [x.clamp_min(floor) for x in norms]
-    cross = [d / first / x for d, x in zip(d_found, clamped, strict=True)]
-    along = [d * x for d, x in zip(d_found, found, strict=True)]
+    clamped = [x.clamp_min(floor) for x in norms]
+    cross = [(d / clamped[0]).div_(x) for d, x in zip(d_found, clamped[1:], strict=True)]
+    along = [(d * x).neg_() for d, x in zip(d_found, found, strict=True)]
     # a has as much of the gradient along its rows as all others have along theirs
     along = [along[0] if len(along) == 1 else torch.stack(along).sum(dim=0), *along]
-    own = []
-    for part, norm, x in zip(along, norms, [first, *clamped], strict=True):
-        # the derivative of a norm is the row over the norm itself; where that is zero, so is what is divided by it
-        below = norm.clamp_min(torch.finfo(norm.dtype).tiny) if below_has_gradient else norm
-        slope = -part / x / below
-        own.append(slope if below_has_gradient else slope.masked_fill(norm < floor, 0.0))
+    # the derivative of a norm is the row over the norm: of a norm without a gradient, over infinity
+    least = 0.0 if below_has_gradient else floor
+    over = [torch.threshold(x, least, math.inf) for x in norms]
+    own = [(part / x).div_(y) for part, x, y in zip(along, clamped, over, strict=True)]
     return cross, own
 
 
-def _blocks(a: Tensor, dtype: torch.dtype) -> list[slice]:
+def row_blocks(a: Tensor, dtype: torch.dtype) -> list[slice]:
+    """The rows of a matrix, as many at a time as fit a block."""
     room = _BLOCK_BYTES.get(a.device.type, _BLOCK_BYTES["cuda"])
     rows, width = a.shape
     step = max(room // (max(width, 1) * dtype.itemsize), 1)

@@ -1,0 +1,66 @@
+"""By how much a query's dot product with its positive exceeds that with its negative.
+
+The difference of two products is one product with a difference: fewer numbers to hold and to add, and no digits lost
+where both products are large and close.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tileloss import backend
+from tileloss.functional.pairs import aligned_rows, paired_columns
+from tileloss.similarity import full_precision, up
+from tileloss.tiled import margins as tiled
+
+_WORTH = 1 / 4  # of a number, against one of a similarity in a matrix
+
+
+def dot_margins(
+    queries: Tensor,  # (B, D)
+    positives: Tensor,  # (B, D)
+    negatives: Tensor,  # (B, D)
+) -> Tensor:  # (B,)
+    """queries . (positives - negatives), row by row: float64 if any input is, else float32.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError: for inputs that do not fit, before any work.
+
+    Cost:
+        Time O(B D): one read of each input forward; backward one of each and one write of each gradient. Memory beside
+        inputs and gradients: a few numbers a row, and a block of a few MB on a CPU.
+    """
+    queries, positives, negatives = aligned_rows(queries, (positives, negatives))
+    chosen = backend.choose(queries, int(queries.numel() * _WORTH)).backend if queries.numel() else "reference"
+    if chosen == "triton":
+        to_positive, to_negative = paired_columns(queries, (positives, negatives), "dot")
+        return to_positive - to_negative
+    if chosen == "reference" or torch.compiler.is_compiling():  # a compiler makes one pass of the definition by itself
+        with full_precision(queries.device.type):
+            return _definition(queries, positives, negatives)
+    return _DotMargins.apply(queries, positives, negatives)
+
+
+def _definition(queries: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
+    return (up(queries) * (up(positives) - up(negatives))).sum(dim=1)
+
+
+class _DotMargins(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *matrices: Tensor) -> Tensor:
+        ctx.save_for_backward(*matrices)
+        return tiled.dot_margins(*matrices)
+
+    @staticmethod
+    def backward(ctx: Any, d_margins: Tensor) -> tuple[Tensor | None, ...]:
+        matrices = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return tuple(tiled.dot_margins_backward(d_margins, *matrices, ctx.needs_input_grad))
+        # to be differentiated itself, as a function of nodes of its own
+        nodes = [x.view_as(x) for x in matrices]
+        wanted = [x for x, need in zip(nodes, ctx.needs_input_grad, strict=True) if need]
+        found = iter(torch.autograd.grad(_definition(*nodes), wanted, d_margins, create_graph=True))
+        return tuple(next(found) if need else None for need in ctx.needs_input_grad)
