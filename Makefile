@@ -46,8 +46,9 @@ gpu: tree ## on a GPU machine: its tests and its sweep, within ten minutes and w
 compile-report: venv ## compile every kernel for each GPU family, without a GPU, and print what came out
 	@.venv/bin/python -P -m tileloss.kernels.compile_report
 
+# without --quiet, which would keep the warnings from --strict
 docs: venv ## build the site of the documentation into build/site; a broken link is an error
-	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --config-file docs/site/mkdocs.yml
 
 lint: venv tree ## ruff and mypy
 	@.venv/bin/ruff check
