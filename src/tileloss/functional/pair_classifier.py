@@ -69,7 +69,17 @@ def pair_logits(
     >>> logits = pair_logits(u, v, classifier.weight, classifier.bias)
     >>> torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1] * 4)).backward()
     """
-    parts = _parts(concatenate)
+    return logits_of_pairs(first, second, weight, bias, _parts(concatenate))
+
+
+def logits_of_pairs(
+    first: Tensor,  # (B, D)
+    second: Tensor,  # (B, D)
+    weight: Tensor,  # (C, K D)
+    bias: Tensor | None,  # (C,)
+    parts: PairParts,
+) -> Tensor:  # (B, C)
+    """As `pair_logits`, for those who need no names for the features."""
     _check(first, second, weight, bias, parts)
     first, second = (x if x.layout is torch.strided else x.to_dense() for x in (first, second))
     # Triton is refused by name alone: of an automatic choice it means blocks, and those are the fastest there is
@@ -112,6 +122,7 @@ def _check(first: Tensor, second: Tensor, weight: Tensor, bias: Tensor | None, p
         )
     if bias is not None and bias.dtype != weight.dtype:
         raise DtypeError(f"The bias is {bias.dtype} and the weight {weight.dtype}; convert one to the other's dtype.")
-    devices = [x.device for x in (first, second, weight, bias) if x is not None]
-    if devices.count(first.device) < len(devices):
-        raise DeviceError(f"The inputs are on {', '.join(map(str, devices))}; move all to one device.")
+    device = first.device
+    if second.device != device or weight.device != device or (bias is not None and bias.device != device):
+        devices = [str(x.device) for x in (first, second, weight, bias) if x is not None]
+        raise DeviceError(f"The inputs are on {', '.join(devices)}; move all to one device.")
