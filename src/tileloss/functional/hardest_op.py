@@ -30,8 +30,9 @@ def block_hardest(
 @block_hardest.register_fake
 def _shapes(queries: Tensor, docs: Tensor, similarity: str, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     sums = torch.float64 if torch.float64 in (queries.dtype, docs.dtype) else torch.float32
-    hardest, own = (queries.new_empty(len(queries), dtype=sums) for _ in range(2))
-    return hardest, queries.new_empty(len(queries), dtype=torch.int64), own
+    # by shape, because len() would bind a compiled graph to one batch size
+    hardest, own = (queries.new_empty(queries.shape[0], dtype=sums) for _ in range(2))
+    return hardest, queries.new_empty(queries.shape[0], dtype=torch.int64), own
 
 
 @torch.library.custom_op("tileloss::hardest_backward", mutates_args=())

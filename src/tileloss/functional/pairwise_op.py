@@ -43,7 +43,8 @@ def _pairwise(a: Tensor, b: Tensor | None, metric: str, similarity: bool, backen
 
 @_pairwise.register_fake
 def _(a: Tensor, b: Tensor | None, metric: str, similarity: bool, backend: str) -> Tensor:
-    return a.new_empty(len(a), len(a if b is None else b), dtype=up_dtype(a.dtype))
+    # by shape, because len() would bind a compiled graph to one batch size
+    return a.new_empty(a.shape[0], (a if b is None else b).shape[0], dtype=up_dtype(a.dtype))
 
 
 @torch.library.custom_op("tileloss::pairwise_backward", mutates_args=())

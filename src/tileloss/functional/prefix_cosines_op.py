@@ -32,7 +32,9 @@ def block_prefix_cosines(
 @block_prefix_cosines.register_fake
 def _(a: Tensor, b: Tensor, dims: list[int], backend: str) -> tuple[Tensor, Tensor]:
     sums = torch.promote_types(up_dtype(a.dtype), up_dtype(b.dtype))
-    return a.new_empty(len(dims), len(a), dtype=sums), a.new_empty(2, len(dims), len(a), dtype=sums)
+    # by shape, because len() would bind a compiled graph to one batch size
+    widths, rows = len(dims), a.shape[0]
+    return a.new_empty(widths, rows, dtype=sums), a.new_empty(2, widths, rows, dtype=sums)
 
 
 @torch.library.custom_op("tileloss::prefix_cosines_backward", mutates_args=())

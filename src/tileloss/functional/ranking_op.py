@@ -57,7 +57,8 @@ def _ranking(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 @_ranking.register_fake
 def _shapes(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     sums = up_dtype(scores.dtype)
-    return scores.new_empty((), dtype=sums), scores.new_empty(len(scores), dtype=sums)
+    # by shape, because len() would bind a compiled graph to one batch size
+    return scores.new_empty((), dtype=sums), scores.new_empty(scores.shape[0], dtype=sums)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:

@@ -158,11 +158,12 @@ def mined(embeddings: Tensor, labels: Tensor, mining: str, margin: float | str, 
     chosen = _backend(embeddings, mining, known)
     if not isinstance(known, str):
         return definition(_distances(known, embeddings), labels, mining, margin, soft)
-    if chosen == "reference":
+    if chosen == "reference" or embeddings.numel() == 0:  # without numbers there are no blocks
         return materialised_loss(embeddings, labels, mining, margin, soft, known)
     return block_loss(embeddings, labels, mining, margin, soft, known, chosen)
 
 
+@torch.compiler.assume_constant_result  # a compiler cannot follow what it asks of a function
 def recognise_distance(distance: str | DistanceFn) -> str | DistanceFn:
     """The name of a distance that has a block algorithm, or the callable itself when it has none.
 

@@ -77,7 +77,8 @@ def _shapes(embeddings: Tensor, labels: Tensor, *settings: Any) -> tuple[Tensor,
     need = settings[-2]
     loss = embeddings.new_empty((), dtype=up_dtype(embeddings.dtype))
     active = embeddings.new_empty((), dtype=torch.int64)
-    hardest = [embeddings.new_empty(len(labels), dtype=loss.dtype) for _ in range(2)]
+    # by shape, because len() would bind a compiled graph to one batch size
+    hardest = [embeddings.new_empty(labels.shape[0], dtype=loss.dtype) for _ in range(2)]
     gradient = torch.empty(embeddings.shape, dtype=embeddings.dtype, device=embeddings.device)
     return loss, active, *hardest, gradient if need else embeddings.new_empty(0)
 

@@ -127,7 +127,7 @@ class ContrastiveLoss(nn.Module):
             raise DtypeError(
                 "ContrastiveLoss weighs by its labels, which must be numbers, got booleans; use .float()."
             )
-        if not self._checked_labels:
+        if not (self._checked_labels or torch.compiler.is_compiling()):  # a compiler cannot look at values
             self._checked_labels = True
             warn_unless_binary(self, labels, "weigh the two terms of the loss, with label and 1 - label")
         distances = pair_distances(self.distance_metric, anchors, others)

@@ -84,7 +84,7 @@ class ContrastiveTensionLoss(_TwoEncoders):
             labels = _are_equal(first, second)
         embeddings = self.model1(first)["sentence_embedding"], self.model2(second)["sentence_embedding"]
         sizes = [len(x) for x in embeddings]
-        if {*sizes, labels.numel()} != {sizes[0]}:
+        if any(size != sizes[0] for size in (*sizes, labels.numel())):  # a set would bind a compiled graph to them
             raise ShapeError(
                 f"ContrastiveTensionLoss expects two columns of one size and one label for each row, but got "
                 f"{sizes[0]} and {sizes[1]} texts and labels of shape {tuple(labels.shape)}."

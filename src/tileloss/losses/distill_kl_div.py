@@ -98,7 +98,8 @@ class DistillKLDivLoss(nn.Module):
         scores = torch.stack(list(paired_scores(self.similarity_fct, queries, docs)), dim=1)
         found = torch.log_softmax(scores / self.student_temperature, dim=1)
         wanted = torch.softmax(labels.detach() / self.teacher_temperature, dim=1)
-        if not self._checked_teacher_scale:  # once, because to look at numbers is to wait for the device
+        # once, because to look at numbers is to wait for the device, and not where a compiler cannot look
+        if not (self._checked_teacher_scale or torch.compiler.is_compiling()):
             self._checked_teacher_scale = True
             _check_teacher(type(self).__name__, labels.detach(), wanted, self.teacher_temperature)
         return self.loss_fct(found, wanted) * self.student_temperature**2

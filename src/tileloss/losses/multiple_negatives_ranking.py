@@ -141,7 +141,7 @@ class MultipleNegativesRankingLoss(nn.Module):
         weighs_hardness = self.hardness_mode is not None and self.hardness_strength > 0
         aligned = self.exclude_same_label or weighs_hardness or "doc_to_doc" in self.directions
         sizes = [len(column) for column in docs]
-        if aligned and set(sizes) != {len(queries)}:
+        if aligned and any(size != len(queries) for size in sizes):  # a set would bind a compiled graph to them
             raise ShapeError(
                 f"hardness, doc_to_doc and exclude_same_label need one document per query in every column: there are "
                 f"{len(queries)} queries, and columns of {sizes} documents."

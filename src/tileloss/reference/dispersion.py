@@ -20,6 +20,7 @@ def dispersion(
     """
     measure = SIMILARITIES[similarity] if isinstance(similarity, str) else similarity
     similarities = up(measure(embeddings, embeddings))
-    others = similarities.clone().fill_diagonal_(0.0)  # a copy, for a callable may return what cannot be written to
+    others = similarities.clone()  # a copy, for a callable may return what cannot be written to
+    others.diagonal().zero_()  # fill_diagonal_ would bind a compiled graph to one batch size
     pairs = max(len(embeddings) * (len(embeddings) - 1), 1)
     return others.sum() / pairs, others.square().sum() / pairs

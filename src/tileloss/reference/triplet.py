@@ -51,7 +51,7 @@ def triplet_loss(
     same = labels[:, None] == labels
     t, terms, farthest_positive, nearest_negative = _MINING[mining](distances, same, margin)
     if soft:
-        active = torch.as_tensor(terms, device=labels.device)
+        active = terms if isinstance(terms, Tensor) else torch.full((), terms, device=labels.device)
         t = F.softplus(t.clamp_min(_NOTHING))
     elif mining == "semi_hard":
         t = torch.maximum(t, t.new_zeros(()))  # with half a slope where both are equal
@@ -80,13 +80,13 @@ def euclidean_distances(
     products = x @ x.T
     squares = products.diagonal()
     distances = torch.add(squares, products, alpha=-2.0) + squares[:, None]
-    rounding = squares.detach() * (2 * ROUNDING * torch.finfo(x.dtype).eps)
+    rounding = (squares.detach() * (2 * ROUNDING * torch.finfo(x.dtype).eps)).nan_to_num_(0.0, 0.0)
     nearly_equal = distances.detach() <= rounding[:, None]
     return distances.masked_fill(nearly_equal, INF).sqrt().masked_fill(nearly_equal, 0.0)
 
 
 def _all(distances: Tensor, same: Tensor, margin: float) -> _Terms:
-    positive = same.clone().fill_diagonal_(False)
+    positive = _without_self(same.clone())
     anchor, other = positive.nonzero(as_tuple=True)
     negatives = distances.masked_fill(same, INF)
     t = (distances[anchor, other][:, None] + margin) - negatives.index_select(0, anchor)
@@ -96,7 +96,7 @@ def _all(distances: Tensor, same: Tensor, margin: float) -> _Terms:
 
 def _hard(distances: Tensor, same: Tensor, margin: float) -> _Terms:
     """Anchors without a positive take zero for its distance, those without a negative the farthest row's."""
-    positive = same.to(distances.dtype).fill_diagonal_(0.0)
+    positive = _without_self(same.to(distances.dtype))
     farthest_positive = (distances * positive).max(dim=1).values
     farthest = distances.max(dim=1, keepdim=True).values
     nearest_negative = torch.addcmul(distances, farthest, same.to(distances.dtype)).min(dim=1).values
@@ -106,7 +106,7 @@ def _hard(distances: Tensor, same: Tensor, margin: float) -> _Terms:
 
 def _semi_hard(distances: Tensor, same: Tensor, margin: float) -> _Terms:
     """In a batch without negatives their distance counts as zero."""
-    positive = same.clone().fill_diagonal_(False)
+    positive = _without_self(same.clone())
     negatives = distances.masked_fill(same, INF).sort(dim=1, stable=True).values
     place = torch.searchsorted(negatives.detach(), distances.detach().contiguous(), right=True)
     beyond = negatives.gather(1, place.clamp_max_(len(same) - 1))
@@ -118,3 +118,9 @@ def _semi_hard(distances: Tensor, same: Tensor, margin: float) -> _Terms:
 
 
 _MINING = {"all": _all, "hard": _hard, "semi_hard": _semi_hard}
+
+
+def _without_self(same: Tensor) -> Tensor:  # (B, B)
+    """Zeroes the diagonal, in place."""
+    same.diagonal().zero_()  # fill_diagonal_ would bind a compiled graph to one batch size
+    return same
