@@ -56,7 +56,7 @@ def test_every_public_name_has_an_entry(package: str, hooks: ModuleType) -> None
 
 
 def test_docstrings_fall_into_their_sections(hooks: ModuleType) -> None:
-    """The result with its type, the example as an example: else the site shows both as something else."""
+    """Names one by one, the result with its type, the example as an example: else the site shows something else."""
     options = CONFIG["plugins"][1]["mkdocstrings"]["handlers"]["python"]["options"]
     package = griffe.load(
         "tileloss",
@@ -66,11 +66,13 @@ def test_docstrings_fall_into_their_sections(hooks: ModuleType) -> None:
         extensions=griffe.load_extensions(*(SITE / name for name in options["extensions"])),
     )
     for page in hooks.interface():
-        for name in page.names if page.chapter == "Functions" else ():
+        for name in page.names if page.chapter else ():
             documented = package[f"{page.module}.{name}".removeprefix("tileloss.")]
             text = documented.docstring.value
             sections = {section.kind.value: section.value for section in documented.docstring.parsed}
             assert ("examples" in sections) == (">>>" in text), name
             assert ("returns" in sections) == ("Returns:" in text), name
+            entries = [*sections.get("parameters", ()), *sections.get("attributes", ())]
+            assert not [entry.name for entry in entries if "," in entry.name], name
             for result in sections.get("returns", ()):
                 assert str(result.annotation) == str(documented.returns), name

@@ -3,7 +3,7 @@
 The interface has a page for each module that holds public names. Those of the losses and functions are found through
 `__all__`, so that a new loss has its page without anybody's doing. What stands outside docs/ appears on the site as if
 docs/ were the root of the checkout; links are bent accordingly, so that the same link leads to the same page here and
-in the checkout.
+in the checkout. Public names that a page sets in code become links to their entries.
 """
 
 from __future__ import annotations
@@ -97,6 +97,23 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Bend the links across the border of docs/, which the site does not have."""
+    """Bend the links across the border of docs/, which the site does not have, and link public names."""
     crossing = r"(?<=\]\()\.\./" if page.file.generated_by is None else r"(?<=\]\()docs/"
-    return re.sub(crossing, "", markdown)
+    prose_and_blocks = re.split(r"(^```.*?^```)", re.sub(crossing, "", markdown), flags=re.DOTALL | re.MULTILINE)
+    prose_and_blocks[::2] = map(_with_links_to_entries, prose_and_blocks[::2])
+    return "".join(prose_and_blocks)
+
+
+def _with_links_to_entries(prose: str) -> str:
+    entries: dict[str, str] = {}
+    for page in interface():
+        for name in page.names:
+            entry = f"{page.module}.{name}"
+            entries[entry] = entry
+            entries.setdefault(name, entry)
+
+    def linked(code: re.Match[str]) -> str:
+        entry = entries.get(code["path"]) or entries.get(code["name"])
+        return f"[{code[0]}][{entry}]" if entry else code[0]
+
+    return re.sub(r"(?<!\[)`(?P<path>(?:tileloss\.(?:\w+\.)*)?(?P<name>\w+))`", linked, prose)
