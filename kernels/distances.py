@@ -28,7 +28,7 @@ def to_distance(product, left_square, right_square, DISTANCE: tl.constexpr):
     if DISTANCE == COSINE:
         return 1.0 - product
     square = (right_square - 2.0 * product) + left_square
-    square = tl.where(square <= left_square * FLUSHED, 0.0, square)
+    square = tl.where((square <= left_square * FLUSHED) & (square < float("inf")), 0.0, square)
     if DISTANCE == EUCLIDEAN:
         return tl.sqrt_rn(square)
     return square

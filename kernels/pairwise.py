@@ -50,7 +50,7 @@ def to_result(
         return cosine if SIMILARITY else 1.0 - cosine
     norms = left_squares[:, None] + right_squares[None, :]
     squares = norms - 2.0 * products
-    squares = tl.where(squares <= ROUNDING * norms, 0.0, squares)
+    squares = tl.where((squares <= ROUNDING * norms) & (squares < float("inf")), 0.0, squares)
     distance = tl.sqrt_rn(squares) if METRIC == EUCLIDEAN else squares
     return -distance if SIMILARITY else distance
 

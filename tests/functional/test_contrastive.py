@@ -253,3 +253,21 @@ def test_sparse_embeddings_are_worth_their_dense_form(backend: str) -> None:
 @pytest.mark.parametrize("backend", ["auto", "reference", "tiled"])
 def test_the_loss_of_an_empty_batch_is_nan_whatever_is_asked_for(backend: str) -> None:
     assert contrastive_loss(torch.zeros(0, 4), torch.zeros(0, 4), backend=backend).isnan()
+
+
+@pytest.mark.parametrize("directions", [DIRECTIONS[:1], ("query_to_doc", "doc_to_query")])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_positive_that_is_no_number_is_seen_without_negatives(
+    number: float, directions: tuple[str, ...], backend: str
+) -> None:
+    queries = torch.tensor([[1.0, number]])
+    for partition in ("joint", "per_direction"):
+        loss = contrastive_loss(queries, torch.ones(1, 2), directions=directions, partition=partition)
+        assert loss.isnan()
+
+
+def test_embeddings_of_no_width_are_all_alike(backend: str) -> None:
+    queries = torch.empty(9, 0, requires_grad=True)
+    loss = contrastive_loss(queries, torch.empty(9, 0))
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), torch.tensor(9.0).log())

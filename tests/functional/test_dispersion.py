@@ -135,6 +135,10 @@ def test_an_empty_batch(backend: str) -> None:
     assert rows.grad is not None
 
 
+def test_embeddings_of_no_width_are_all_alike(backend: str) -> None:
+    assert [x.item() for x in dispersion(torch.empty(100, 0))] == [0.0, 0.0]
+
+
 @pytest.mark.parametrize("size", [9, 100])
 def test_a_nan_is_seen(size: int, backend: str) -> None:
     rows = batch(size, 20)

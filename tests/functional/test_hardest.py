@@ -131,6 +131,12 @@ def test_an_empty_batch(backend: str) -> None:
         assert found.index.dtype == torch.int64
 
 
+def test_embeddings_of_no_width_are_all_alike(backend: str) -> None:
+    found = hardest_negatives(torch.empty(9, 0), torch.empty(9, 0))
+    assert found.similarity.tolist() == [0.0] * 9
+    assert found.index.tolist() == [1, *[0] * 8]
+
+
 def test_zero_rows_have_the_clamped_gradient(backend: str) -> None:
     queries, docs = batch(9, 9, 5)
     queries[3], docs[4], queries[5] = 0.0, 0.0, queries[5] * 1e-14

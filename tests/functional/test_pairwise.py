@@ -328,3 +328,12 @@ def test_small_matrices_take_the_definition(monkeypatch: pytest.MonkeyPatch) -> 
     assert pairwise_distance(torch.ones(16, 4)) == "the definition"
     assert isinstance(pairwise_distance(torch.ones(300, 4)), Tensor)
     assert isinstance(pairwise_distance(torch.ones(16, 4), metric="manhattan"), Tensor)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "squared_euclidean"])
+def test_an_infinite_row_is_near_nothing(metric: str, backend: str) -> None:
+    rows = torch.ones(9, 2)
+    rows[4, 0] = float("inf")
+    for found in (pairwise_distance(rows, metric=metric), pairwise_distance(rows, torch.ones(9, 2), metric=metric)):
+        others = found[4, torch.arange(9) != 4]
+        assert not others.isfinite().any()

@@ -122,6 +122,14 @@ def test_a_nan_score_is_seen(backend: str) -> None:
     assert ranking_loss(scores, labels).isnan()
 
 
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), float("-inf")])
+def test_a_score_that_is_compared_with_none_does_not_count(score: float, backend: str) -> None:
+    scores = torch.tensor([1.0, score, 2.0], requires_grad=True)
+    loss = ranking_loss(scores, torch.ones(3))
+    assert loss.item() == 0.0
+    assert torch.autograd.grad(loss, scores)[0].tolist() == [0.0] * 3
+
+
 def test_two_runs_give_the_same_bits() -> None:
     inputs = batch(5000, "few", torch.float32)
     first, second = (value_and_gradient(*inputs, "tiled") for _ in range(2))

@@ -242,6 +242,22 @@ def test_statistics(mining: str, backend: str, positives: None) -> None:
         assert stats.active_share.item() == pytest.approx(stats.active.item() / terms, rel=1e-6)
 
 
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_an_embedding_that_is_no_number_is_seen(number: float, distance: str, backend: str, positives: None) -> None:
+    embeddings, labels = torch.ones(20, 2), torch.arange(20) // 4
+    embeddings[7] = number
+    for mining in MINING:
+        assert not triplet_loss(embeddings, labels, mining=mining, distance=distance).isfinite(), mining
+    # but for a lone one, since every row is at no distance from itself
+    assert triplet_loss(embeddings[7:8], labels[:1], mining="hard", margin=0.5, distance=distance) == 0.5
+
+
+def test_embeddings_of_no_width_are_all_alike(backend: str, positives: None) -> None:
+    for mining in MINING:
+        assert triplet_loss(torch.empty(8, 0), torch.arange(8) // 4, mining=mining, margin=0.5) == 0.5
+
+
 def test_counts_are_exact_beyond_float32() -> None:
     """Two classes of 300: 53 million triplets, all of them active."""
     embeddings, labels = batch(600, 3, 1, torch.float32)[0], torch.arange(600) % 2

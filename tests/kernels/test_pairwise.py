@@ -177,3 +177,10 @@ def test_opcheck(metric: str, device: torch.device) -> None:
     for other in (b, None):
         arguments = (a, other, metric, False, "triton")
         torch.library.opcheck(torch.ops.tileloss.pairwise.default, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "squared_euclidean"])
+def test_an_infinite_row_is_near_nothing(metric: str, device: torch.device) -> None:
+    rows = torch.ones(9, 2, device=device)
+    rows[4, 0] = float("inf")
+    assert not pairwise_matrix(rows, torch.ones(9, 2, device=device), metric, False)[4].isfinite().any()

@@ -231,8 +231,8 @@ def _check_guide(guide: Guide, queries: Tensor, docs: Tensor, spec: ContrastiveS
 
 def choose_backend(queries: Tensor, docs: Tensor, spec: ContrastiveSpec, similarities: int | None = None) -> str:
     """The backend for a call that was checked; `similarities` is the size that counts, by default that of the call."""
-    if len(queries) == 0:
-        return "reference"  # whatever is asked for: without rows there are no blocks, and the definition says nan
+    if queries.numel() == 0:
+        return "reference"  # whatever is asked for: without numbers there are no blocks, and the result is known
     # of mixed inputs the wider one decides, for they are computed in its dtype
     widest = queries if queries.element_size() >= docs.element_size() else docs
     similarities = len(queries) * len(docs) if similarities is None else similarities

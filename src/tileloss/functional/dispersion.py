@@ -77,7 +77,7 @@ def dispersion(
     embeddings = embeddings if embeddings.layout == torch.strided else embeddings.to_dense()
     size = len(embeddings)
     chosen = backend.choose(embeddings, size * size, _obstacles(known)).backend
-    if chosen != "reference" and size:  # without rows there are no blocks
+    if chosen != "reference" and embeddings.numel():  # without numbers there are no blocks
         return Dispersion(*gram_dispersion(embeddings, str(known), chosen)[:2])
     with full_precision(embeddings.device.type):
         return Dispersion(*definition(embeddings, known if isinstance(known, str) else _checked(known, size)))

@@ -49,7 +49,8 @@ def _euclidean(
 ) -> Tensor:  # (N, M)
     norms = a.square().sum(dim=1)[:, None] + b.square().sum(dim=1)
     squares = norms - 2.0 * (a @ b.T)
-    nearly_equal = squares.detach() <= norms.detach() * (ROUNDING * torch.finfo(squares.dtype).eps)
+    rounding = norms.detach() * (ROUNDING * torch.finfo(squares.dtype).eps)
+    nearly_equal = squares.detach() <= rounding.nan_to_num_(0.0, 0.0)  # what overflows is near nothing
     if squared:  # the gradient, twice the difference, is no less exact there than elsewhere
         return squares - torch.where(nearly_equal, squares.detach(), 0.0)
     return torch.where(nearly_equal, 0.0, torch.where(nearly_equal, 1.0, squares).sqrt())

@@ -81,7 +81,7 @@ def euclidean_distances(
     squares = products.diagonal()
     distances = torch.add(squares, products, alpha=-2.0) + squares[:, None]
     rounding = (squares.detach() * (2 * ROUNDING * torch.finfo(x.dtype).eps)).nan_to_num_(0.0, 0.0)
-    nearly_equal = distances.detach() <= rounding[:, None]
+    nearly_equal = (distances.detach() <= rounding[:, None]).fill_diagonal_(True)
     return distances.masked_fill(nearly_equal, INF).sqrt().masked_fill(nearly_equal, 0.0)
 
 

@@ -75,7 +75,8 @@ class SquaredEuclideanDistance:
         assert right_squares is not None
         torch.sub(right_squares, block, alpha=2, out=block).add_(left_squares[:, None])
         # where two rows nearly meet, so do their norms: the left one's bounds the rounding as well as the sum of both
-        rounding = left_squares * (2 * ROUNDING * torch.finfo(block.dtype).eps)
+        # what overflows is near nothing
+        rounding = (left_squares * (2 * ROUNDING * torch.finfo(block.dtype).eps)).nan_to_num_(0.0, 0.0)
         return block.masked_fill_(block <= rounding[:, None], 0.0)
 
     def slopes_(

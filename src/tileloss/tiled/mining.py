@@ -169,8 +169,9 @@ class Mining(Rows):
             exists = negative > -INF
             negative = torch.where(exists, negative, 0.0)
             t = torch.where(part.valid, part.positives - negative + margin, -INF)
-            self.total[part.rows] = (F.softplus(t) if soft else t.clamp_min(0.0)).sum(dim=1)
-            self.active[part.rows] = (part.valid if soft else t > 0).sum(dim=1)
+            terms = F.softplus(t) if soft else t.clamp_min(0.0)
+            self.total[part.rows] = terms.sum(dim=1)
+            self.active[part.rows] = (part.valid if soft else terms).count_nonzero(dim=1)
             if gradients:
                 weight = t.sigmoid() if soft else torch.heaviside(t, t.new_tensor(0.5))
                 part.block.zero_()

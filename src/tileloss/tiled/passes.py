@@ -128,7 +128,7 @@ class Passes(Rows):
         if tile.direction != "query_to_doc":
             block.sub_(positive[:, None]).mul_(scale)
             return
-        (_, first), *others = self._own(tile, block)
+        (rows, first), *others = self._own(tile, block)
         first.fill_(NEG_INF)
         # a row that comes in several blocks keeps the hardest of all
         self.hardest[tile.rows] = torch.maximum(self.hardest[tile.rows], block.amax(dim=1))
@@ -140,13 +140,19 @@ class Passes(Rows):
         for (rows, column), similarities in zip(others, hard_negatives, strict=False):
             weighed = spec.hardness_strength if spec.hardness != "in_batch_negatives" else 0.0
             column.copy_(similarities * (scale + weighed) - self.positive[rows] * scale)
-        first.zero_()
+        first.copy_(self._own_logits(rows))
+
+    def _own_logits(self, rows: slice) -> Tensor:
+        """The positives' logits relative to themselves: zero, but nan where the similarity is no finite number."""
+        return self.positive[rows] - self.positive[rows]
 
     def _twin_logits(self, tile: Tile, block: Tensor) -> Tensor:  # (R, T)
         """The logits of the twins in a block of masked similarities, each relative to the positive of its column."""
         logits = (block[:, tile.twin_columns] - self.positive[tile.twin_rows]).mul_(self.problem.scale)
         if tile.direction == "query_to_doc":
-            logits.diagonal(tile.start - tile.twins[0]).zero_()
+            own = logits.diagonal(tile.start - tile.twins[0])
+            first = max(tile.start, tile.twins[0])
+            own.copy_(self._own_logits(slice(first, first + len(own))))
         return logits
 
     def _positives(self, tile: Tile, block: Tensor) -> Tensor:

@@ -29,8 +29,10 @@ def ranking_loss(
     tails = torch.cat([scans[0].flip(0), nothing])  # tails[j]: over the rows from j on
     heads = torch.cat([nothing, scans[1]])  # heads[j]: over the rows before j
 
-    as_lower = scores + tails[torch.searchsorted(labels, labels, right=True)]
-    as_higher = heads[torch.searchsorted(labels, labels)] - scores
+    above, below = torch.searchsorted(labels, labels, right=True), torch.searchsorted(labels, labels)
+    # without a partner there is no term, whatever the score
+    as_lower = (scores + tails[above]).masked_fill_(above == len(labels), float("-inf"))
+    as_higher = (heads[below] - scores).masked_fill_(below == 0, float("-inf"))
     loss = torch.cat([scores.new_zeros(1), as_lower]).logsumexp(dim=0)
     slopes = (as_lower - loss).exp_() - (as_higher - loss).exp_()
     return loss, torch.empty_like(slopes).scatter_(0, order, slopes)

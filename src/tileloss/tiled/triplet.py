@@ -92,7 +92,7 @@ def _hard(miner: Mining, prepared: PreparedRows, mining: str, gradients: bool) -
     positive = miner.hardest_positive.clamp_min(0.0)
     t = positive - miner.negative + problem.margin
     miner.total = F.softplus(t) if problem.soft else t.clamp_min(0.0)
-    miner.active = torch.ones_like(miner.active) if problem.soft else (miner.total > 0).long()
+    miner.active = torch.ones_like(miner.active) if problem.soft else (miner.total != 0).long()
     terms = torch.full_like(miner.active, problem.size)[0]
     if not gradients:
         return None, terms
