@@ -56,7 +56,7 @@ OTHERS = (
     Interface("", "Guides", "tileloss.guide", ["Guide"]),
     Interface("", "Several processes", "tileloss.distributed", ["contrastive_loss", "contrastive_loss_with_stats"]),
     Interface("", "Encoders", "tileloss.encoder", ["Encoder", "TransformerEncoder", "StaticEncoder"]),
-    Interface("", "Trainer", "tileloss.trainer", ["EmbeddingTrainer"]),
+    Interface("", "Trainer", "tileloss.trainer", ["EmbeddingTrainer", "PairCollator"]),
     Interface("", "Errors and warnings", "tileloss.errors", [name for name in vars(errors) if name[0].isupper()]),
 )
 
