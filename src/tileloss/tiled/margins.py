@@ -1,4 +1,4 @@
-"""By how much a row's dot product with one matrix exceeds that with another, over row blocks that stay in the cache."""
+"""By how much a row's dot product with one matrix exceeds that with another, over blocks that stay in the cache."""
 
 from __future__ import annotations
 
