@@ -1,8 +1,10 @@
 """The encoders: what they compute, that padding is nothing to them, and that a saved one is the same and harmless."""
 
 import json
+import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -145,6 +147,33 @@ def test_code_in_a_model_folder_is_not_run(tokenizer, tmp_path):
     with pytest.raises(InputError, match="cannot load"):
         Encoder.from_pretrained(folder)
     assert not trace.exists()
+
+
+class Trap:
+    """What leaves a trace when it is unpickled."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return (Path.touch, (self.trace,))
+
+
+@pytest.mark.parametrize("make", [lambda t: StaticEncoder(t, 16, 8), _bert])
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("save", [torch.save, lambda trap, path: path.write_bytes(pickle.dumps(trap))])
+def test_a_pickle_in_the_place_of_weights_is_not_run(tokenizer, tmp_path, make, weights, save):
+    folder, trace = tmp_path / "model", tmp_path / "trace"
+    make(tokenizer).save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    save(Trap(trace), folder / weights)
+    with pytest.raises(
+        InputError, match=r"Ask whoever made them for model\.safetensors|no weights, model\.safetensors"
+    ):
+        Encoder.from_pretrained(folder)
+    assert not trace.exists()
+    pickle.loads(pickle.dumps(Trap(trace)))
+    assert trace.exists(), "a trap that does not spring shows nothing"
 
 
 def test_a_tokenizer_without_padding_pads_with_its_end_of_text(tokenizer):

@@ -15,6 +15,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -275,6 +276,7 @@ class TransformerEncoder(Encoder):
 
     @classmethod
     def _load(cls, name_or_path: str, config: dict[str, Any]) -> TransformerEncoder:
+        from safetensors import SafetensorError
         from transformers import AutoModel, AutoTokenizer
 
         try:
@@ -283,6 +285,8 @@ class TransformerEncoder(Encoder):
             transformer = AutoModel.from_pretrained(name_or_path, trust_remote_code=False, dtype=torch.float32)
         except (OSError, ValueError) as error:
             raise InputError(f"transformers cannot load {name_or_path!r}: {error}") from error
+        except (UnpicklingError, SafetensorError) as error:
+            raise _not_only_numbers(name_or_path) from error
         return cls(transformer, tokenizer, config.get("pooling", "mean"), config.get("max_length"))
 
 
@@ -357,11 +361,25 @@ class StaticEncoder(Encoder):
 
     @classmethod
     def _load(cls, name_or_path: str, config: dict[str, Any]) -> StaticEncoder:
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
         from transformers import PreTrainedTokenizerFast
         from transformers.utils import cached_file
 
         tokenizer = PreTrainedTokenizerFast.from_pretrained(name_or_path)
         encoder = cls(tokenizer, config["dimension"], config["max_length"])
-        encoder.load_state_dict(load_file(cached_file(name_or_path, WEIGHTS_FILE)))
+        try:
+            weights = load_file(cached_file(name_or_path, WEIGHTS_FILE))
+        except OSError as error:
+            raise InputError(f"{name_or_path!r} has no weights, {WEIGHTS_FILE}: {error}") from error
+        except SafetensorError as error:
+            raise _not_only_numbers(name_or_path) from error
+        encoder.load_state_dict(weights)
         return encoder
+
+
+def _not_only_numbers(name_or_path: str) -> InputError:
+    return InputError(
+        f"The weights of {name_or_path!r} are not read: they are damaged, or hold more than numbers, which would have "
+        f"to be executed. Ask whoever made them for {WEIGHTS_FILE}."
+    )

@@ -143,10 +143,18 @@ class EmbedDistillLoss(nn.Module):
         Raises:
             ShapeError (a ValueError): for a file that holds no projection, or one of other widths than the loss' or
                 the model's. The loss is then as it was.
+            safetensors.SafetensorError: for a file of another kind, such as a pickle.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        state = load_file(path)
+        try:
+            state = load_file(path)
+        except SafetensorError as error:
+            raise SafetensorError(
+                f"{os.fspath(path)} is no safetensors file, the only kind that a projection is read from, and nothing "
+                f"in it was executed: write one with save_projection. {error}"
+            ) from error
         shapes = {name: tuple(x.shape) for name, x in state.items()}
         taught, own = shapes.get("weight", ()), self.projection
         if len(taught) != 2 or shapes != {"weight": taught, "bias": taught[:1]}:
