@@ -81,7 +81,8 @@ def euclidean_distances(
     squares = products.diagonal()
     distances = torch.add(squares, products, alpha=-2.0) + squares[:, None]
     rounding = (squares.detach() * (2 * ROUNDING * torch.finfo(x.dtype).eps)).nan_to_num_(0.0, 0.0)
-    nearly_equal = (distances.detach() <= rounding[:, None]).fill_diagonal_(True)
+    nearly_equal = distances.detach() <= rounding[:, None]
+    nearly_equal.diagonal().fill_(True)  # fill_diagonal_ would bind a compiled graph to one batch size
     return distances.masked_fill(nearly_equal, INF).sqrt().masked_fill(nearly_equal, 0.0)
 
 
@@ -122,5 +123,5 @@ _MINING = {"all": _all, "hard": _hard, "semi_hard": _semi_hard}
 
 def _without_self(same: Tensor) -> Tensor:  # (B, B)
     """Zeroes the diagonal, in place."""
-    same.diagonal().zero_()  # fill_diagonal_ would bind a compiled graph to one batch size
+    same.diagonal().zero_()  # not fill_diagonal_, as above
     return same
