@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tileloss import backend
 from tileloss.functional.pairs import aligned_rows, paired_columns
+from tileloss.functional.second_derivative import gradients_by_definition
 from tileloss.similarity import full_precision, up
 from tileloss.tiled import margins as tiled
 
@@ -56,11 +57,8 @@ class _DotMargins(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_margins: Tensor) -> tuple[Tensor | None, ...]:
-        matrices = ctx.saved_tensors
-        if not torch.is_grad_enabled():
-            return tuple(tiled.dot_margins_backward(d_margins, *matrices, ctx.needs_input_grad))
-        # to be differentiated itself, as a function of nodes of its own
-        nodes = [x.view_as(x) for x in matrices]
-        wanted = [x for x, need in zip(nodes, ctx.needs_input_grad, strict=True) if need]
-        found = iter(torch.autograd.grad(_definition(*nodes), wanted, d_margins, create_graph=True))
-        return tuple(next(found) if need else None for need in ctx.needs_input_grad)
+        queries, positives, negatives = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # to be differentiated itself
+            return tuple(gradients_by_definition(_definition, d_margins, (queries, positives, negatives), needs))
+        return tuple(tiled.dot_margins_backward(d_margins, queries, positives, negatives, needs))

@@ -21,17 +21,16 @@ def mean_squared_error(
     b = b.expand_as(a)
     step = max(_BLOCK_BYTES // (width * dtype.itemsize), 1)
     gradient = torch.empty(rows, width, dtype=a.dtype, device=a.device) if with_gradient else None
-    # a gradient as wide as the sums is made where it belongs
-    own_place = gradient if gradient is not None and gradient.dtype == dtype else None
-    scratch = torch.empty(min(step, rows), width, dtype=dtype, device=a.device) if own_place is None else None
+    # differences are made where the gradient belongs, unless that is narrower than the sums
+    is_in_place = gradient is not None and gradient.dtype == dtype
+    scratch = torch.empty(0 if is_in_place else min(step, rows), width, dtype=dtype, device=a.device)
     lengths = torch.empty(rows, dtype=dtype, device=a.device)
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
-        out = own_place[part] if scratch is None else scratch[: part.stop - start]
-        difference = torch.sub(a[part].to(dtype), b[part].to(dtype), out=out)
-        torch.linalg.vector_norm(difference, dim=1, out=lengths[part])
-        if gradient is not None:
-            difference.mul_(2.0 / a.numel())
-            if own_place is None:
-                gradient[part] = difference
+        target = gradient[part] if gradient is not None else None
+        out = target if target is not None and is_in_place else scratch[: part.stop - start]
+        torch.sub(a[part].to(dtype), b[part].to(dtype), out=out)
+        torch.linalg.vector_norm(out, dim=1, out=lengths[part])
+        if target is not None:
+            torch.mul(out, 2.0 / a.numel(), out=target)
     return lengths.square_().sum() / a.numel(), gradient
