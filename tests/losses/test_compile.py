@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.torch_version import TorchVersion
 
 import tileloss
 from tileloss import losses
@@ -125,6 +126,8 @@ def test_every_loss_is_here() -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_one_graph_and_another_for_all_other_sizes(name: str) -> None:
+    if name == "MatryoshkaLoss" and torch.__version__ < TorchVersion("2.13"):
+        pytest.skip("earlier compilers cannot follow an attribute that is replaced for the length of a call")
     torch.compiler.reset()
     case, counter = CASES[name], CompileCounterWithBackend("eager")
     function = of_embeddings(made(name))
