@@ -15,7 +15,7 @@ from .judge import DEVICE
 os.environ.setdefault("TILELOSS_AUTOTUNE", "0")  # tuning takes seconds a kernel and changes no number
 
 settings.register_profile(
-    "ci", deadline=None, max_examples=20, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    "ci", deadline=None, max_examples=40, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
 # a call in the interpreter takes a second, and to shrink one takes minutes
 settings.register_profile("interpreter", settings.get_profile("ci"), max_examples=6, phases=[Phase.generate])

@@ -13,7 +13,7 @@ finite either, or a mistake upstream would pass for a number. Where they disagre
 float64 does not, the answer may be either: but if it is finite, it must be right.
 
 Two things are promised of finite numbers alone. With others among inputs or values, indices and counts may be
-anything, and which numbers of a gradient are nan is open: autograd through a matrix spreads nan by multiplying it by
+anything, and so may a row of a gradient that has nan in it: autograd through a matrix spreads nan by multiplying it by
 zero. And of rows so long that the squares of their norms overflow, directions are not to be had, neither here nor in
 PyTorch.
 """
@@ -151,11 +151,9 @@ def assert_refused_alike(function: Callable[..., Any], arguments: Mapping[str, A
 
 
 def _overflows(inputs: Sequence[Tensor]) -> bool:
-    """Whether a row is finite and the square of its norm is not, in the dtype of the sums."""
-    squares = [up(x).square().sum(dim=-1) for x in inputs]
-    return any(
-        bool((~square.isfinite() & x.isfinite().all(dim=-1)).any()) for x, square in zip(inputs, squares, strict=True)
-    )
+    """Whether the finite numbers of a row have squares whose sum is not finite, in the dtype of the sums."""
+    squares = [up(x).nan_to_num(0.0, 0.0, 0.0).square().sum(dim=-1) for x in inputs]
+    return not all(x.isfinite().all() for x in squares)
 
 
 def _tolerance(call: Call, name: str, dtype: torch.dtype, size: float) -> tuple[float, float]:
@@ -188,11 +186,12 @@ def _complaint(
     if not ours.is_floating_point():
         wrong = torch.stack([x == truth for x in others]).all(dim=0) & (ours != truth)
         return "differs where it is certain" if bool(wrong.any()) and not only_finite else ""
+    finite = torch.stack([x.isfinite() for x in (truth, truth.to(ours.dtype), *others)])
     ours, truth, *others = (x.double() for x in (ours, truth, *others))
-    finite = torch.stack([x.isfinite() for x in (truth, *others)])
     everywhere, nowhere = finite.all(dim=0), ~finite.any(dim=0)
     if only_finite:
         everywhere, nowhere = everywhere & ours.isfinite(), torch.zeros_like(nowhere)
+        everywhere = everywhere.all(dim=-1, keepdim=True).expand_as(everywhere)
     if bool((everywhere & ~ours.isfinite()).any()):
         return "is not finite where the definition is"
     if bool((nowhere & ours.isfinite()).any()):

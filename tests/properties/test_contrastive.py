@@ -95,7 +95,7 @@ def _call(draw: st.DrawFn, function: Any, rows: list[torch.Tensor], scale: float
     # of the cosines at each of the prefix widths, or of one
     by_direction = "cosine" in settings.get("similarity", "cosine")
     widths = tuple(settings.get("dims", rows[0].shape[1:])) if by_direction else ()
-    return Call(run, inputs, settings | {"function": function.__name__, "scale": scale}, scale, widths)
+    return Call(run, inputs, settings | {"function": function.__name__, "scale": scale}, max(scale, 1.0), widths)
 
 
 def _without_accuracy(found: Any) -> Any:

@@ -62,7 +62,8 @@ def dispersion(
         One GEMM of B x D x min(B, D) forward and one backward. Memory beside inputs and gradients: a Gram matrix of
         min(B, D)^2, and for B > D a block of rows, 1 MB on a CPU and 224 MB on a GPU, else a copy of the inputs.
         With B > D the share of the diagonal is subtracted from sums over all pairs: dot products of rows of very
-        unequal lengths (by factors of hundreds, in float32) lose digits there, cosines do not.
+        unequal lengths (by factors of hundreds, in float32) lose digits there, and of lengths whose fourth power
+        overflows the second moment is nan; cosines do not.
 
     Source:
         Zhang, Yu, Kumar, Chang 2017 (arXiv 1708.06320), global orthogonal regularization; the sum of squares by the
