@@ -137,9 +137,9 @@ class Passes(Rows):
             block.mul_(scale + spec.hardness_strength).sub_((positive * scale)[:, None])
         else:
             block.sub_(positive[:, None]).mul_(scale)
-        for (rows, column), similarities in zip(others, hard_negatives, strict=False):
+        for (owners, column), similarities in zip(others, hard_negatives, strict=False):
             weighed = spec.hardness_strength if spec.hardness != "in_batch_negatives" else 0.0
-            column.copy_(similarities * (scale + weighed) - self.positive[rows] * scale)
+            column.copy_(similarities * (scale + weighed) - self.positive[owners] * scale)
         first.copy_(self._own_logits(rows))
 
     def _own_logits(self, rows: slice) -> Tensor:
