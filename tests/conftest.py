@@ -10,10 +10,21 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import tileloss
 
 WORDS = 40
+
+if torch.__version__ < "2.12":
+    # its mse_loss has no gradients for two dtypes, in which sentence-transformers calls it for float64 embeddings
+    _mse_loss = F.mse_loss
+
+    def _mse_loss_of_two_dtypes(a: torch.Tensor, b: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        dtype = torch.promote_types(a.dtype, b.dtype)
+        return _mse_loss(a.to(dtype), b.to(dtype), *args, **options)
+
+    F.mse_loss = _mse_loss_of_two_dtypes
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

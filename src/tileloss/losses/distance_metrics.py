@@ -16,6 +16,9 @@ from torch import Tensor
 
 DistanceFn = Callable[[Tensor, Tensor], Tensor]
 
+# the names in both libraries' classes; spelled out, because the compiler of torch 2.11 cannot list what a class holds
+_NAMES = ("EUCLIDEAN", "MANHATTAN", "COSINE", "COSINE_DISTANCE")
+
 
 def stock_name(
     metric: Any,
@@ -26,7 +29,7 @@ def stock_name(
     owners = [family]
     if module.startswith("sentence_transformers.") and hasattr(sys.modules.get(module), family.__name__):
         owners.append(getattr(sys.modules[module], family.__name__))
-    return next((name for owner in owners for name, value in vars(owner).items() if value is metric), "")
+    return next((name for owner in owners for name in _NAMES if getattr(owner, name, None) is metric), "")
 
 
 def metric_name(metric: Any, family: type[Enum]) -> str:

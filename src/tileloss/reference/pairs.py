@@ -32,6 +32,8 @@ def paired_measure(
         return PAIRED.functions[measure](a, b)
     a, b = up(a), up(b)
     if measure == "squared_euclidean":  # in fewer operations than a difference and its square
+        dtype = torch.promote_types(a.dtype, b.dtype)  # torch 2.11 has no gradients for two
+        a, b = a.to(dtype), b.to(dtype)
         return F.mse_loss(a + eps if eps else a, b, reduction="none").sum(dim=1)
     difference = a - b
     if eps:
