@@ -337,3 +337,11 @@ def test_an_infinite_row_is_near_nothing(metric: str, backend: str) -> None:
     for found in (pairwise_distance(rows, metric=metric), pairwise_distance(rows, torch.ones(9, 2), metric=metric)):
         others = found[4, torch.arange(9) != 4]
         assert not others.isfinite().any()
+
+
+@pytest.mark.parametrize("metric", [metric for metric in METRICS if metric not in ("cosine", "dot")])
+def test_an_infinite_row_is_at_no_distance_from_itself(metric: str, backend: str) -> None:
+    rows = torch.ones(9, 2)
+    rows[4, 0] = float("inf")
+    assert not pairwise_distance(rows, metric=metric).diagonal().any()
+    assert not pairwise_similarity(rows, similarity=metric).diagonal().any()

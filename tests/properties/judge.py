@@ -186,7 +186,9 @@ def _complaint(
     if not ours.is_floating_point():
         wrong = torch.stack([x == truth for x in others]).all(dim=0) & (ours != truth)
         return "differs where it is certain" if bool(wrong.any()) and not only_finite else ""
-    finite = torch.stack([x.isfinite() for x in (truth, truth.to(ours.dtype), *others)])
+    relative, absolute = tolerance
+    largest = truth.double().abs() + absolute  # which a narrow dtype need not hold
+    finite = torch.stack([x.isfinite() for x in (truth, largest.to(ours.dtype), *others)])
     ours, truth, *others = (x.double() for x in (ours, truth, *others))
     everywhere, nowhere = finite.all(dim=0), ~finite.any(dim=0)
     if only_finite:
@@ -196,7 +198,6 @@ def _complaint(
         return "is not finite where the definition is"
     if bool((nowhere & ours.isfinite()).any()):
         return "is finite where the definition is not"
-    relative, absolute = tolerance
     error, size = _norm(ours - truth, everywhere), _norm(truth, everywhere)
     known = max(_norm(x - truth, everywhere) for x in others)
     if error > _TIMES * known + relative * size + absolute:

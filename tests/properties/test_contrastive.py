@@ -95,7 +95,13 @@ def _call(draw: st.DrawFn, function: Any, rows: list[torch.Tensor], scale: float
     # of the cosines at each of the prefix widths, or of one
     by_direction = "cosine" in settings.get("similarity", "cosine")
     widths = tuple(settings.get("dims", rows[0].shape[1:])) if by_direction else ()
-    return Call(run, inputs, settings | {"function": function.__name__, "scale": scale}, max(scale, 1.0), widths)
+    # a scale's gradient is as large as the similarities, which only cosines are not with the rows
+    largest = 1.0
+    if not by_direction and rows[1].numel():
+        largest += max(torch.linalg.vector_norm(x.double(), dim=1).amax().item() for x in rows if x.numel()) ** 2
+    return Call(
+        run, inputs, settings | {"function": function.__name__, "scale": scale}, largest * max(scale, 1.0), widths
+    )
 
 
 def _without_accuracy(found: Any) -> Any:

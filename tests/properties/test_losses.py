@@ -169,7 +169,8 @@ def test_the_definition(name: str, data: st.DataObject, extreme: bool) -> None:
     # the cosines of numbers are ties, of which these losses choose one
     size, width, dtype = data.draw(SIZES), data.draw(WIDTHS.filter(lambda width: width > 1)), data.draw(DTYPES)[0]
     # where there is no negative, the definition follows the first of numbers that were equal before one was added
-    extreme = extreme and "BatchHard" not in name
+    # and an angle has a kink at zero, to which the products of tiny rows underflow
+    extreme = extreme and "BatchHard" not in name and name != "AnglELoss"
     columns = [data.draw(matrices(size, width, dtype, extreme)) for _ in range(count)]
     if name == "OnlineContrastiveLoss":  # chooses by comparing cosines, which had better differ by more than rounding
         cosines = pairwise_cos_sim(*(x.double() for x in columns))

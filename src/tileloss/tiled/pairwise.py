@@ -76,13 +76,12 @@ def pairwise_matrix(
         result = torch.empty(len(a), len(right.rows), dtype=distance.dtype, device=a.device)
         for start, stop in _blocks(result):
             block = distance.products(left.rows[start:stop], right.rows, result[start:stop])
-            if similarity and metric in _SIMILARITY_FIRST:
-                continue
-            distance.distances_(block, _part(left.squares, start, stop), right.squares)
+            if not (similarity and metric in _SIMILARITY_FIRST):
+                distance.distances_(block, _part(left.squares, start, stop), right.squares)
+                if similarity:
+                    block.neg_()
             if b is None and not _counts_on_the_diagonal(metric, similarity):
                 block.diagonal(start).zero_()
-            if similarity:
-                block.neg_()
     return result
 
 
