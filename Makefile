@@ -15,7 +15,7 @@ HAS_GPU := import torch, pytest, sys; sys.exit(not (torch.cuda.is_available() or
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test fuzz bench gpu compile-report docs lint venv tree
+.PHONY: help demo test fuzz matrix bench gpu compile-report docs lint venv tree
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -26,6 +26,9 @@ demo: venv ## train an embedding model on code search, with plots and figures in
 
 test: venv ## run the tests (those that need a GPU are left out where there is none)
 	@.venv/bin/pytest
+
+matrix: venv ## test under the oldest versions of all that is needed, and under the oldest and the newest Triton (8 GB)
+	@.venv/bin/nox
 
 fuzz: venv ## look for inputs with a wrong answer: $FUZZ_EXAMPLES draws for each property, else 1,000
 	@.venv/bin/pytest -v tests/properties --hypothesis-profile=fuzz --hypothesis-show-statistics

@@ -94,3 +94,5 @@ def test_a_complaint_fails_the_run(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setattr(compile_report, "ProcessPoolExecutor", Pool)
     assert compile_report.main(["--target", "sm_90"]) == 1
     assert "spills 8 bytes" in capsys.readouterr().err
+    assert compile_report.main(["--target", "sm_90", "--may-spill", "7"]) == 1
+    assert compile_report.main(["--target", "sm_90", "--may-spill", "8"]) == 0
