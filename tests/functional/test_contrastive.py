@@ -271,3 +271,11 @@ def test_embeddings_of_no_width_are_all_alike(backend: str) -> None:
     loss = contrastive_loss(queries, torch.empty(9, 0))
     loss.backward()
     torch.testing.assert_close(loss.detach(), torch.tensor(9.0).log())
+
+
+@pytest.mark.parametrize("mode", ["in_batch_negatives", "hard_negatives", "all_negatives"])
+def test_hardness_of_others_makes_no_nan_of_an_infinite_distance(mode: str, backend: str) -> None:
+    queries = torch.randn(5, 3)
+    docs = torch.cat([queries, torch.randn(5, 3)])
+    docs[7] = float("inf")
+    assert contrastive_loss(queries, docs, similarity="euclidean", hardness=(mode, 0.5)).isfinite()

@@ -19,7 +19,9 @@ def calls(draw: st.DrawFn, extreme: bool = False) -> Call:
     # beyond, the definition's own gradient is wrong: the logarithm of a count is lost beside such a score
     scores = torch.where(scores.isfinite(), scores.clamp(-1e4, 1e4), scores)
     labels = draw(classes(size))
-    return Call(lambda scores: ranking_loss(scores, labels), [scores], {"labels": labels}, slope=1.0)
+    # their differences are as exact as the scores
+    largest = scores.double().nan_to_num(0.0, 0.0, 0.0).abs().amax().item() if size else 0.0
+    return Call(lambda scores: ranking_loss(scores, labels), [scores], {"labels": labels}, slope=1.0 + largest)
 
 
 @given(calls())

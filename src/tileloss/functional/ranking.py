@@ -47,7 +47,8 @@ def ranking_loss(
         BackendError: for a backend that was asked for by name and cannot run.
 
     Cost:
-        Time O(B log B), memory a dozen vectors of B numbers; the gradient comes with the loss.
+        Time O(B log B), memory a dozen vectors of B numbers; the gradient comes with the loss. Sums are of the scores
+        as they are, so that differences are as exact as the scores: far from zero, shift them.
 
     Source:
         Huang et al. 2024, CoSENT (doi 10.1109/TASLP.2024.3402087).

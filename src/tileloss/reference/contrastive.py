@@ -145,7 +145,8 @@ def hardness(
         "hard_negatives": own & ~in_first_column,
         "all_negatives": ~(own & in_first_column),
     }[str(spec.hardness)]
-    return spec.hardness_strength * similarities.detach() * chosen
+    # not times zero, which of an infinite distance would make nan
+    return (spec.hardness_strength * similarities.detach()).masked_fill(~chosen, 0.0)
 
 
 def statistics(
