@@ -202,7 +202,7 @@ def _complaint(
     known = max(_norm(x - truth, everywhere) for x in others)
     if error > _TIMES * known + relative * size + absolute:
         return f"is {error:.1e} from the truth, which is {size:.1e} and known to {known:.1e}"
-    doubtful = truth.isfinite() & ours.isfinite() & ~everywhere
+    doubtful = truth.isfinite() & ours.isfinite() & ~everywhere & (not only_finite)
     slack = absolute + relative * _norm(truth, doubtful)
     doubt = torch.stack([(x - truth).abs().nan_to_num(0.0, 0.0) for x in others]).amax(dim=0)
     if bool(((ours - truth).abs() > _TIMES * doubt + 1e-2 * truth.abs() + slack)[doubtful].any()):
