@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,7 +27,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-import tileloss
+from tileloss.bench.report import machine, versions
 from tileloss.losses import MultipleNegativesRankingLoss
 
 SYMMETRIC = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
@@ -134,12 +133,9 @@ def main() -> None:
         "seconds_in_2_processes": in_processes(2, measure_time, options.rows, options.width, options.rounds),
         "peak_bytes_in_4_processes": in_processes(4, measure_memory, options.rows, options.width),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": platform.processor() or platform.machine(),
-        "versions": {
-            "tileloss": tileloss.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "command": "python -P benchmarks/many_devices.py",
+        "machine": machine(),
+        "versions": versions(),
     }
     text = json.dumps(figures, indent=2)
     print(text)

@@ -4,7 +4,8 @@
     python benchmarks/tables.py --check    # change nothing; exit with 1 if one is not what the results say
 
 No figure is typed: a table stands between two comments, `<!-- NAME -->` and `<!-- /NAME -->`, and is replaced whole.
-Times and memory come from `tileloss bench --preset targets`, errors from benchmarks/numerics.py.
+Times and memory come from `tileloss bench --preset targets`, benchmarks/many_devices.py and gradient_cache.py, errors
+from benchmarks/numerics.py.
 """
 
 from __future__ import annotations
@@ -273,6 +274,43 @@ def demo(file: Path) -> Iterator[str]:
     yield paragraph(told)
 
 
+def devices_table(results: dict[str, Any]) -> Iterator[str]:
+    """Gathering and the ring over several processes."""
+    times, peaks = results["seconds_in_2_processes"], results["peak_bytes_in_4_processes"]
+    names = {"query_to_doc": "queries to documents", "symmetric": "both directions, each its softmax"}
+    yield "| loss | sentence-transformers | gather | ring | memory, gather | memory, ring |"
+    yield "|---|---|---|---|---|---|"
+    for name, title in names.items():
+        spent = [f"{times[name][way]:.2f} s" for way in (THEIRS, "gather", "ring")]
+        held = [f"{peaks[name][way] / MIB:.1f} MiB" for way in ("gather", "ring")]
+        yield f"| {' | '.join([title, *spent, *held])} |"
+    yield ""
+    yield paragraph(
+        f"Each process holds {results['rows_per_process']:,} rows of {results['width']}; times are of two processes, "
+        "the peak of memory beyond the inputs is of four. Processes of one thread on gloo."
+    )
+    yield ""
+    yield origin(results)
+
+
+def cache_table(results: dict[str, Any]) -> Iterator[str]:
+    """The gradient cache, by mini-batch."""
+    yield "| rows embedded at a time | step, theirs | step, ours | memory between, theirs | memory between, ours |"
+    yield "|---|---|---|---|---|"
+    for case in results["cases"]:
+        spent = [f"{case['seconds'][who]:.2f} s" for who in (THEIRS, OURS)]
+        held = [f"{case['peak_bytes'][who] / MIB:.1f} MiB" for who in (THEIRS, OURS)]
+        yield f"| {' | '.join([format(case['mini_batch'], ','), *spent, *held])} |"
+    yield ""
+    yield paragraph(
+        f"CachedMultipleNegativesRankingLoss on {results['rows']:,} pairs, embeddings of {results['width']} by a "
+        'table of word vectors. "Between" is the stage between the two embeddings of the batch, which computes the loss and '
+        "the embeddings' gradients; these and copies of the embeddings are most of what is left there."
+    )
+    yield ""
+    yield origin(results)
+
+
 def documents() -> Iterator[tuple[Path, str, Iterator[str]]]:
     """Every place that is written: the file, the name of the place, its lines."""
     from tileloss.bench.workloads import WORKLOADS
@@ -282,6 +320,8 @@ def documents() -> Iterator[tuple[Path, str, Iterator[str]]]:
     yield ROOT / "docs" / "index.md", "demo", demo(trained)
     yield ROOT / "docs" / "figures.md", "demo", demo(trained)
     yield ROOT / "docs" / "numerics.md", "errors", errors_tables(read(RESULTS / "numerics.json"), WORKLOADS)
+    yield ROOT / "docs" / "many-devices.md", "devices", devices_table(read(RESULTS / "many_devices.json"))
+    yield ROOT / "docs" / "large-batches.md", "cache", cache_table(read(RESULTS / "gradient_cache.json"))
     measured = newest("targets-cpu", "tileloss bench --preset targets")
     swept = newest("sweep-cpu", "tileloss bench")
     results = read(measured)

@@ -60,7 +60,7 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS)
 def test_layers_are_trained_as_the_oracle_trains_them(
     options: dict[str, Any], batch: Callable[..., tuple[Any, list[Any]]], backend: str
 ) -> None:

@@ -74,7 +74,7 @@ def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float) 
         assert (a - b).norm() <= tolerance * (b.norm() + 1e-3 * largest)
 
 
-@pytest.mark.parametrize("options", OBJECTIVES, ids=str)
+@pytest.mark.parametrize("options", OBJECTIVES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.double, 1e-8), (torch.float32, 2e-4)], ids=str)
 def test_it_trains_a_transformer_with_dropout_as_the_oracle_does(
     options: dict[str, Any],
@@ -180,7 +180,6 @@ def test_settings_write_through_to_the_inner_loss() -> None:
         (5, util.dot_score, 7, 100, True, SYMMETRIC, "per_direction", True, "hard_negatives", 2.0),
         (5, functools.partial(util.cos_sim), 7, None, False, list(SYMMETRIC)),
     ],
-    ids=str,
 )
 def test_settings_are_the_oracles(options: tuple[Any, ...]) -> None:
     loss, theirs = (kind(identity(), *options) for kind in KINDS)

@@ -72,7 +72,7 @@ def test_pairs_train_two_transformers_as_the_oracle_does(
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.double, 1e-8), (torch.float32, 2e-4)], ids=str)
 @pytest.mark.parametrize(
-    "options", [{}, {"scale": 3.0, "similarity_fct": util.dot_score}, {"similarity_fct": util.euclidean_sim}], ids=str
+    "options", [{}, {"scale": 3.0, "similarity_fct": util.dot_score}, {"similarity_fct": util.euclidean_sim}]
 )
 def test_in_batch_negatives_train_two_transformers_as_the_oracle_does(
     options: dict[str, Any], dtype: torch.dtype, tolerance: float, tiny_encoder: Any, texts: Any, backend: str

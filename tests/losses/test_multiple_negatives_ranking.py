@@ -228,7 +228,6 @@ def test_hardness_without_strength_warns_as_the_oracle_does(caplog: pytest.LogCa
         {"directions": DIRECTIONS, "hardness_mode": "hard_negatives", "hardness_strength": 2.0},
         {"gather_across_devices": True},
     ],
-    ids=str,
 )
 def test_settings_are_the_oracles(options: dict[str, Any]) -> None:
     loss, theirs = (
