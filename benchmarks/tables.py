@@ -304,8 +304,8 @@ def cache_table(results: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield paragraph(
         f"CachedMultipleNegativesRankingLoss on {results['rows']:,} pairs, embeddings of {results['width']} by a "
-        'table of word vectors. "Between" is the stage between the two embeddings of the batch, which computes the loss and '
-        "the embeddings' gradients; these and copies of the embeddings are most of what is left there."
+        'table of word vectors. "Between" is the stage between the two embeddings of the batch, which computes the '
+        "loss and the embeddings' gradients; these and copies of the embeddings are most of what is left there."
     )
     yield ""
     yield origin(results)
