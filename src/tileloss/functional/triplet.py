@@ -163,7 +163,6 @@ def mined(embeddings: Tensor, labels: Tensor, mining: str, margin: float | str, 
     return block_loss(embeddings, labels, mining, margin, soft, known, chosen)
 
 
-@torch.compiler.assume_constant_result  # a compiler cannot follow what it asks of a function
 def recognise_distance(distance: str | DistanceFn) -> str | DistanceFn:
     """The name of a distance that has a block algorithm, or the callable itself when it has none.
 
@@ -184,6 +183,11 @@ def recognise_distance(distance: str | DistanceFn) -> str | DistanceFn:
     if settings and (name != "euclidean_distance" or set(settings) != {"squared"}):
         return distance
     return "squared_euclidean" if settings.get("squared") else _STOCK_FUNCTIONS[name]
+
+
+# a compiler cannot follow what is asked of a function here. This is all that torch.compiler.assume_constant_result
+# does, but that would import the compiler with the losses
+recognise_distance._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _check_margin(margin: float | str) -> float:

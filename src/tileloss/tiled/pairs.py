@@ -74,14 +74,16 @@ def paired_measure_backward(
         torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else None
         for x, need in zip(matrices, needs, strict=True)
     ]
-    scratch = _scratch(a, dtype, blocks)
+    # through products and cosines, gradients are made of the matrices as they are
+    scratch = _scratch(a, dtype, blocks) if measure in (*DISTANCES, "angle") else None
     for rows in blocks:
         raised = _raised([x[rows] for x in matrices], dtype)
         targets = [None if g is None else g[rows] for g in gradients]
         # where a gradient is narrower than the sums, its block is made beside it
         outs = [None if t is None or t.dtype != dtype else t for t in targets]
         factors = [x[rows] for x in cross], [x[rows] for x in own]
-        made = _pulled(raised, *factors, measure, eps, needs, outs, scratch[: len(raised[0])])
+        room = None if scratch is None else scratch[: len(raised[0])]
+        made = _pulled(raised, *factors, measure, eps, needs, outs, room)
         for target, block, out in zip(targets, made, outs, strict=True):
             if target is not None and block is not None and out is None:
                 target.copy_(block)
