@@ -21,6 +21,8 @@ COSINE = tl.constexpr(DISTANCE_CODES["cosine"])
 # of the left row's squared norm alone: where two rows nearly meet, so do their norms
 FLUSHED = tl.constexpr(2 * ROUNDING * torch.finfo(torch.float32).eps)
 
+LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
+
 
 @triton.jit
 def to_distance(product, left_square, right_square, DISTANCE: tl.constexpr):
@@ -28,7 +30,8 @@ def to_distance(product, left_square, right_square, DISTANCE: tl.constexpr):
     if DISTANCE == COSINE:
         return 1.0 - product
     square = (right_square - 2.0 * product) + left_square
-    square = tl.where((square <= left_square * FLUSHED) & (square < float("inf")), 0.0, square)
+    # capped, so that an infinite distance is not below it; the one number is, for want of registers
+    square = tl.where(square <= tl.minimum(left_square * FLUSHED, LARGEST), 0.0, square)
     if DISTANCE == EUCLIDEAN:
         return tl.sqrt_rn(square)
     return square
