@@ -203,7 +203,7 @@ def backward_by_columns(
 
     With `with_backward`, the mini-batches' gradients are views of the columns' gradients, not copies.
     """
-    columns = [torch.cat(list(parts)) for parts in reps]
+    columns = [torch.cat(list(parts)) if len(parts) > 1 else parts[0] for parts in reps]
     if not with_backward:
         return compute(columns)
     leaves = [column.detach().requires_grad_() for column in columns]
