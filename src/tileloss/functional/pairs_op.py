@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tileloss import reference
-from tileloss.similarity import full_precision
+from tileloss.functional.second_derivative import gradients_by_definition
 from tileloss.tiled import pairs as tiled
 from tileloss.tiled.cosines import Cosines, cosines, cosines_backward
 
@@ -50,8 +50,7 @@ class _Pairs(torch.autograd.Function):
         count, saved = len(d_found), ctx.saved_tensors
         matrices, found, norms = saved[: count + 1], saved[count + 1 : 2 * count + 1], saved[2 * count + 1 :]
         needs = ctx.needs_input_grad[3:]
-        # zeros without memory, which autograd may hand over, take no operation in place
-        d_found = tuple(d.clone() if d._is_zerotensor() else d for d in d_found)
+        d_found = tuple(map(_with_memory, d_found))
         if torch.is_grad_enabled():
             gradients = _through_definition(d_found, matrices, measure, eps, needs)
         else:
@@ -77,8 +76,7 @@ class _Cosines(torch.autograd.Function):
         needs = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():
             return (*_through_definition((d_found,), (a, b), ctx.measure, 0.0, needs), None)
-        if d_found._is_zerotensor():
-            d_found = d_found.clone()
+        d_found = _with_memory(d_found)
         known = Cosines(found, (norms[0], norms[1]), (norms[2], norms[3]))
         return (*cosines_backward(d_found, a, b, known, ctx.measure, needs), None)
 
@@ -155,13 +153,16 @@ def _through_definition(
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """The gradients as a differentiable function of the inputs, by the definition."""
-    # as nodes of their own: the gradient of an input that was computed from another must not flow on into that too
-    a, *others = matrices = [x.view_as(x) for x in matrices]
-    with full_precision(a.device.type):
-        found = [reference.paired_measure(a, b, measure, eps) for b in others]
-        wanted = [x for x, need in zip(matrices, needs, strict=True) if need]
-        gradients = iter(torch.autograd.grad(found, wanted, list(d_found), create_graph=True))
-    return [next(gradients) if need else None for need in needs]
+
+    def definition(a: Tensor, *others: Tensor) -> Tensor:
+        return torch.stack([reference.paired_measure(a, b, measure, eps) for b in others])
+
+    return gradients_by_definition(definition, torch.stack(list(d_found)), matrices, needs)
+
+
+def _with_memory(x: Tensor) -> Tensor:
+    """Zeros without memory, which autograd may hand over, take no operation in place: the same with memory."""
+    return x.clone() if x._is_zerotensor() else x
 
 
 def _backend(name: str) -> Any:
