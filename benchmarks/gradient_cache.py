@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
+import sys
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from tileloss import losses
 from tileloss.bench.measure import cpu_peak, time_in_turns
-from tileloss.bench.report import machine, versions
+from tileloss.bench.report import origin
 
 WORDS, LENGTH, COLUMNS = 2_000, 16, 2
 
@@ -100,10 +101,7 @@ def main() -> None:
         "rows": options.rows,
         "width": options.width,
         "cases": [measure(options.rows, options.width, n, options.rounds) for n in options.mini_batch],
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "python -P benchmarks/gradient_cache.py",
-        "machine": machine(),
-        "versions": versions(),
+        **origin(shlex.join(["python", "-P", *sys.argv])),
     }
     text = json.dumps(figures, indent=2)
     print(text)

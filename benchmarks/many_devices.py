@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from tileloss.bench.report import machine, versions
+from tileloss.bench.report import origin
 from tileloss.losses import MultipleNegativesRankingLoss
 
 SYMMETRIC = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
@@ -132,10 +133,7 @@ def main() -> None:
         "width": options.width,
         "seconds_in_2_processes": in_processes(2, measure_time, options.rows, options.width, options.rounds),
         "peak_bytes_in_4_processes": in_processes(4, measure_memory, options.rows, options.width),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "python -P benchmarks/many_devices.py",
-        "machine": machine(),
-        "versions": versions(),
+        **origin(shlex.join(["python", "-P", *sys.argv])),
     }
     text = json.dumps(figures, indent=2)
     print(text)

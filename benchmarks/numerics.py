@@ -20,8 +20,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shlex
+import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 
 from tileloss.bench.contestants import CONTESTANTS, SENTENCE_TRANSFORMERS, TILELOSS
-from tileloss.bench.report import machine, versions
+from tileloss.bench.report import origin
 from tileloss.bench.workloads import DTYPES, WORKLOADS, Workload
 
 RESULTS = Path(__file__).resolve().parent / "results" / "numerics.json"
@@ -142,11 +143,7 @@ def other_triplets() -> dict[str, Any]:
 def main() -> None:
     """Measure every workload in every dtype, and write the file."""
     content = {
-        "command": "python -P benchmarks/numerics.py",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "versions": versions(),
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        **origin(shlex.join(["python", "-P", *sys.argv])),
         "cases": [case(workload, dtype) for dtype in MEASURED for workload in WORKLOADS.values()],
         "other_triplets": other_triplets(),
     }

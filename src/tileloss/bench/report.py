@@ -72,6 +72,17 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+def origin(command: str) -> dict[str, Any]:
+    """What a file of results says of how, when, where and with what they came about."""
+    return {
+        "command": command,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "versions": versions(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
+
+
 def baseline_of(results: Results) -> str:
     """Who the others are compared with: sentence-transformers if it ran at all, else the materialised reference."""
     ran = any(
@@ -163,15 +174,7 @@ def save_json(results: Results, path: Path, command: str, extra: dict[str, Any])
         asdict(case) | {"results": {name: _record(case, outcome) for name, outcome in outcomes.items()}}
         for case, outcomes in results.items()
     ]
-    content = {
-        "command": command,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "versions": versions(),
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        **extra,
-        "cases": cases,
-    }
+    content = {**origin(command), **extra, "cases": cases}
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
