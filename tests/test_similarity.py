@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from tileloss import similarity as ours
 from tileloss.errors import InputError
-from tileloss.similarity import SIMILARITIES, is_rowwise, recognise, rowwise, similarity_fct_name, torch_cosine, up
+from tileloss.similarity import (
+    SIMILARITIES,
+    full_precision,
+    is_rowwise,
+    recognise,
+    rowwise,
+    similarity_fct_name,
+    torch_cosine,
+    up,
+)
 
 oracle = pytest.importorskip("sentence_transformers.util")
 
@@ -113,6 +122,15 @@ def test_a_namesake_from_elsewhere_is_not_taken_for_the_stock_one() -> None:
     assert recognise(model.similarity_pairwise) == model.similarity_pairwise
     model.similarity_fn_name = "maxsim"
     assert recognise(model.similarity) == model.similarity
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_autocast_is_asked_past_a_replaced_query(enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests of other libraries put torch's query of autocast back to its older signature, without a device."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda: enabled)
+    a = torch.randn(4, 8)
+    with full_precision("cpu"):
+        assert (a @ a.T).dtype == torch.float32
 
 
 @pytest.mark.parametrize("wrong", ["cosin", "", 3, None, torch.ones(2)])

@@ -15,7 +15,7 @@ from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_autocast_enabled
 
 from tileloss.errors import InputError
 
@@ -41,7 +41,7 @@ def up(x: Tensor) -> Tensor:
 
 def full_precision(device_type: str) -> AbstractContextManager[Any]:
     """A block in which autocast does not narrow the GEMMs: inputs count as given, sums in at least float32."""
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+    return torch.autocast(device_type, enabled=False) if is_autocast_enabled(device_type) else nullcontext()
 
 
 def _rows(x: Any) -> Tensor:
