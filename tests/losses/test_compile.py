@@ -119,6 +119,69 @@ def value_and_gradients(function: Callable[..., Any], case: Case, rows: int) -> 
     return [value.detach(), *torch.autograd.grad(value, columns)]
 
 
+class Encoder(nn.Module):
+    """The mean of token vectors, for a loss of whole columns of text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens = nn.Embedding(50, WIDTH)
+
+    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+        mask = features["attention_mask"][..., None]
+        mean = (self.tokens(features["input_ids"]) * mask).sum(dim=1) / mask.sum(dim=1)
+        return {**features, "sentence_embedding": mean}
+
+
+def text(rows: int, width: int) -> dict[str, Tensor]:
+    ids = torch.randint(50, (rows, width))
+    return {"input_ids": ids, "attention_mask": (torch.arange(width) < torch.randint(1, width, (rows, 1))).long()}
+
+
+# more columns than two, by the loss that takes them and how many there are
+MANY_COLUMNS = {
+    ("DistillKLDivLoss", 3): two_scores,
+    ("DistillKLDivLoss", 5): lambda rows: torch.linspace(-1, 1, 4 * rows).view(rows, 4),
+    ("MarginMSELoss", 3): grades,
+    ("MarginMSELoss", 5): lambda rows: torch.linspace(-1, 1, 3 * rows).view(rows, 3),
+    ("MultipleNegativesRankingLoss", 3): lambda rows: None,
+    ("MultipleNegativesRankingLoss", 5): lambda rows: None,
+    ("TripletLoss", 3): lambda rows: None,
+}
+
+
+@pytest.mark.parametrize(("name", "columns"), MANY_COLUMNS)
+@pytest.mark.parametrize("of_text", [False, True], ids=["embeddings", "text"])
+def test_a_forward_of_many_columns_is_one_graph(name: str, columns: int, of_text: bool) -> None:
+    """Eagerly, the columns after the first share a forward pass of the model; in a graph each has its own."""
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("eager")
+    loss = getattr(losses, name)(Encoder() if of_text else Given())
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    with tileloss.use_backend("tiled"):
+        for rows in SIZES:
+            torch.manual_seed(rows)
+            labels = MANY_COLUMNS[name, columns](rows)
+            if of_text:  # documents of another width than queries, and of one that changes from batch to batch
+                batch = [text(rows, 5 + rows * (place > 0)) for place in range(columns)]
+                inputs = [loss.model.tokens.weight]
+            else:
+                inputs = [torch.randn(rows, WIDTH, requires_grad=True) for _ in range(columns)]
+                batch = [{"sentence_embedding": x} for x in inputs]
+            found, expected = (stepped(function, batch, labels, inputs) for function in (compiled, loss))
+            for ours, eager in zip(found, expected, strict=True):
+                torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-6)
+    assert counter.frame_count == 2, "the first size, and then any"
+
+
+def stepped(
+    loss: Callable[..., Any], batch: list[dict[str, Tensor]], labels: Tensor | None, inputs: list[Tensor]
+) -> list[Tensor]:
+    """The value and the gradients of one call, which leaves the batch as it was."""
+    value = loss([dict(features) for features in batch], labels)
+    return [value.detach(), *torch.autograd.grad(value, inputs)]
+
+
 def test_every_loss_is_here() -> None:
     everything = {name for name in losses.__all__ if issubclass(getattr(losses, name), nn.Module)}
     assert CASES.keys() | NOT_OF_EMBEDDINGS == everything

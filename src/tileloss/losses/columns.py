@@ -4,6 +4,9 @@ A loss is handed one feature dict for each text column. The first column (the qu
 are concatenated into one forward pass where they are alike, because small forwards leave a GPU idle. Alike means: the
 same keys, one row per example in every tensor, and widths that zero padding can make equal. Otherwise each column is
 embedded on its own. Values and gradients are the same either way, up to the order in which dropout is drawn.
+
+In a loss that `torch.compile` traces, every column is embedded on its own. Whether columns are alike is a matter of
+values, at which a compiler cannot look, and whether they may be merged is up to a variable that it cannot read.
 """
 
 from __future__ import annotations
@@ -36,7 +39,8 @@ def embed_columns(model: nn.Module, columns: Iterable[Features]) -> list[Tensor]
     embeddings = [model(first)["sentence_embedding"]]
     if not others:
         return embeddings
-    merged = _merged(others) if len(others) > 1 and not _merging_is_forbidden() else None
+    merges = len(others) > 1 and not torch.compiler.is_compiling() and not _merging_is_forbidden()
+    merged = _merged(others) if merges else None
     if merged is None:
         return embeddings + [model(features)["sentence_embedding"] for features in others]
     return embeddings + list(model(merged)["sentence_embedding"].chunk(len(others)))
