@@ -19,6 +19,7 @@ from torch import Tensor
 from tileloss.kernels.launch import launch
 from tileloss.kernels.unit_rows import block_of, warps_of
 from tileloss.similarity import NORM_FLOOR
+from tileloss.tiled.constants import constants
 from tileloss.tiled.prefix_cosines import coefficients
 
 
@@ -126,8 +127,8 @@ def prefix_cosines(
     cosines = torch.empty_like(norms[0])
     block = _block(dims, width)
     launch(
-        prefix_cosines_fwd_kernel, (rows,), a, b, _on_device(dims, a), cosines, *norms.unbind(), *a.stride(),
-        *b.stride(), rows, len(dims), FLOOR=NORM_FLOOR, BLOCK=block, num_warps=warps_of(block),
+        prefix_cosines_fwd_kernel, (rows,), a, b, constants(dims, torch.int32, a.device), cosines, *norms.unbind(),
+        *a.stride(), *b.stride(), rows, len(dims), FLOOR=NORM_FLOOR, BLOCK=block, num_warps=warps_of(block),
     )  # fmt: skip
     return cosines, norms
 
@@ -151,7 +152,7 @@ def prefix_cosines_backward(
     d_a, d_b = (x if gradient is None else gradient for x, gradient in zip((a, b), gradients, strict=True))
     block = _block(dims, width)
     launch(
-        prefix_cosines_bwd_kernel, (rows,), a, b, _on_device(dims, a), across.contiguous(),
+        prefix_cosines_bwd_kernel, (rows,), a, b, constants(dims, torch.int32, a.device), across.contiguous(),
         *along.contiguous().unbind(), d_a, d_b, *a.stride(), *b.stride(), rows, width, len(dims), NEEDS_A=needs[0],
         NEEDS_B=needs[1], BLOCK=block, num_warps=warps_of(block),
     )  # fmt: skip
@@ -161,7 +162,3 @@ def prefix_cosines_backward(
 def _block(dims: Sequence[int], width: int) -> int:
     """Lanes for the longest segment, that beyond the longest prefix included."""
     return block_of(max(last - first for first, last in pairwise((0, *dims, width))))
-
-
-def _on_device(dims: Sequence[int], like: Tensor) -> Tensor:
-    return torch.tensor(dims, dtype=torch.int32).to(like.device, non_blocking=True)

@@ -22,6 +22,16 @@ WIDTH = 64
 SIZES = {"triton": 1501, "reference": 300}
 
 
+class Given(nn.Module):
+    """A model of which the embeddings are known."""
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        return features
+
+    def get_embedding_dimension(self) -> int:
+        return WIDTH
+
+
 @dataclass(frozen=True)
 class Case:
     """How a loss is made, how many columns it takes, and its labels by their number.
@@ -48,6 +58,10 @@ def grades(rows: int) -> Tensor:
     return torch.linspace(-1, 1, rows, device="cuda")
 
 
+def of_prefixes(inner: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
+    return lambda model: losses.MatryoshkaLoss(model, inner(model), [64, 16, 48], [1.0, 0.25, 0.5])
+
+
 CASES = {
     "in-batch": Case(losses.MultipleNegativesRankingLoss, columns=3),
     "in-batch, both ways": Case(losses.MultipleNegativesSymmetricRankingLoss),
@@ -58,6 +72,9 @@ CASES = {
     "ranked pairs": Case(losses.CoSENTLoss, labels=grades),
     "near and far pairs": Case(losses.ContrastiveLoss, labels=binary),
     "triplets": Case(losses.TripletLoss, columns=3),
+    "in-batch, of prefixes": Case(of_prefixes(losses.MultipleNegativesRankingLoss), columns=3),
+    "in-batch, both ways, of prefixes": Case(of_prefixes(losses.MultipleNegativesSymmetricRankingLoss)),
+    "ranked pairs, of prefixes": Case(of_prefixes(losses.CoSENTLoss), labels=grades),
 }
 
 
@@ -73,11 +90,11 @@ def test_a_step_is_captured_and_replayed(name: str, backend: str) -> None:
     case, rows = CASES[name], SIZES[backend]
     if backend == "reference" and not case.materialised:
         pytest.skip("the definition waits for the number of triplets")
-    loss, labels = case.make(nn.Identity()), case.labels(rows)
+    loss, labels = case.make(Given()), case.labels(rows)
     inputs = [x.requires_grad_() for x in batch(case.columns, rows, seed=0)]
 
     def step() -> list[Tensor]:
-        value = loss.compute_loss_from_embeddings(inputs, labels)  # type: ignore[operator]
+        value = loss([{"sentence_embedding": x} for x in inputs], labels)
         return [value.detach(), *torch.autograd.grad(value, inputs)]
 
     with tileloss.use_backend(backend):

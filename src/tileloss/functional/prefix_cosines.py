@@ -76,7 +76,8 @@ def prefix_cosines(
     widths = sorted(set(given))
     cosines, _ = block_prefix_cosines(a, b, widths, chosen)
     if given != widths:
-        cosines = cosines[[widths.index(dim) for dim in given]]
+        rows = cosines.unbind()  # one by one, because an index of several is a tensor that goes to the device
+        cosines = torch.stack([rows[widths.index(dim)] for dim in given])
     return cosines.T
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tileloss.similarity import full_precision
 from tileloss.tiled import Needs, Passes, Problem, Result, Tile, blocks
+from tileloss.tiled.constants import constants
 from tileloss.tiled.guide import GuideBlocks
 from tileloss.tiled.matmul import accumulate, multiply
 from tileloss.tiled.passes import NEG_INF
@@ -91,7 +92,7 @@ class _Walk:
         for passes in self.passes:
             passes.guided = self.guided
         self.dtype = self.passes[0].dtype
-        self.weights = torch.tensor(weights, dtype=self.dtype, device=queries.device)
+        self.weights = constants(weights, self.dtype, queries.device)
         self.queries = Prefixes.of(queries, dims, self.dtype, needs.queries)
         self.docs = Prefixes.of(docs, dims, self.dtype, needs.docs)
         self.d_scale = torch.zeros((), dtype=self.dtype, device=queries.device)
