@@ -1,4 +1,4 @@
-"""sentence-transformers' trainer in two processes on gloo, our losses under data parallelism."""
+"""sentence-transformers' trainer and Lightning in two processes on gloo, our losses under data parallelism."""
 
 import json
 import os
@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("torch is built without gloo", allow_module_level=True)
 
 SCRIPT = Path(__file__).with_name("in_processes.py")
+LIGHTNING_SCRIPT = Path(__file__).with_name("lightning_in_processes.py")
 BIN = Path(sys.executable).parent
 TORCHRUN = [BIN / "torchrun", "--standalone", "--nproc-per-node", "2"]
 # without a GPU it would start one process, were it not for --multi_gpu; port 0 is any that is free
@@ -58,3 +60,16 @@ def test_accelerate_starts_two_processes_without_a_gpu(tmp_path: Path) -> None:
     printed = launch([*ACCELERATE, script], tmp_path / "output")
     for process in range(2):
         assert f"{process} of 2 by gloo" in printed
+
+
+def test_lightning_gives_every_process_the_gradients_of_the_joint_batch(tmp_path: Path) -> None:
+    pytest.importorskip("pytorch_lightning")
+    launch([sys.executable, "-P", LIGHTNING_SCRIPT, tmp_path], tmp_path / "output")
+    (processes, *of_first), (_, *of_second) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert processes == 2
+    for name, (value, *gradients) in of_first[1].items():
+        first, second = of_first[0][name], of_second[0][name]
+        torch.testing.assert_close((first[0] + second[0]) / 2, value, rtol=1e-12, atol=0.0)
+        assert len(gradients) == 3
+        for found in (first, second):
+            torch.testing.assert_close(found[1:], gradients, rtol=1e-10, atol=1e-14)
