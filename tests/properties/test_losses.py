@@ -1,7 +1,7 @@
 """Every loss class that is arithmetic on embeddings: the answer of its definition, or the same refusal.
 
-Left out are those that need a real transformer, whose losses are others of these: AdaptiveLayerLoss and
-Matryoshka2dLoss, which cut it off at layers, and DenoisingAutoEncoderLoss, whose decoder reads the embeddings.
+AdaptiveLayerLoss and Matryoshka2dLoss, which cut a transformer off at its layers, are in `test_layers.py`, and
+DenoisingAutoEncoderLoss, whose decoder reads the embeddings, in `test_denoising_auto_encoder.py`.
 """
 
 from collections.abc import Callable
@@ -158,8 +158,8 @@ WITHOUT_KERNELS = {"SoftmaxLoss"}
 
 
 def test_all_are_here() -> None:
-    left_out = {"AdaptiveLayerLoss", "DenoisingAutoEncoderLoss", "Matryoshka2dLoss"}
-    assert LOSSES.keys() | left_out == {name for name in losses.__all__ if name.endswith(("Loss", "Negatives"))}
+    elsewhere = {"AdaptiveLayerLoss", "DenoisingAutoEncoderLoss", "Matryoshka2dLoss"}
+    assert LOSSES.keys() | elsewhere == {name for name in losses.__all__ if name.endswith(("Loss", "Negatives"))}
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES.keys() - (WITHOUT_KERNELS if SUBJECT == "triton" else set())))
