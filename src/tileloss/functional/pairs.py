@@ -24,6 +24,9 @@ _SIMILARITIES = tuple(PAIRED.functions)
 # of a number, against one of a similarity in a matrix: on a CPU blocks of cosines always pay, those of angles from 40
 # rows of 768; what autograd does for products and distances is little more than has to be: theirs pay from 700 rows on
 _WORTH = {"cosine": 1e6, "torch_cosine": 1e6, "angle": 2.2} | dict.fromkeys(("dot", *DISTANCES), 1 / 8)
+# so many matrices are stacked for the definition: a small batch waits for the number of operations, and for two the
+# copies cost what the operations saved would
+_STACKED_FROM = 3
 _METRICS = (*DISTANCES, "cosine", "torch_cosine")
 
 
@@ -106,8 +109,18 @@ def paired_distance(
 def _measured(a: Tensor, b: Tensor | Sequence[Tensor], measure: str, eps: float) -> Tensor:
     if isinstance(b, Tensor):
         return paired_columns(a, [b], measure, eps)[0]
-    others = items(b, "b must be a tensor or a sequence of tensors")
-    return torch.stack(list(paired_columns(a, others, measure, eps)), dim=1)
+    return paired_matrix(a, items(b, "b must be a tensor or a sequence of tensors"), measure, eps)
+
+
+def paired_matrix(
+    a: Tensor,  # (B, D)
+    others: Sequence[Tensor],  # N times (B, D)
+    measure: str,
+    eps: float = 0.0,
+) -> Tensor:  # (B, N)
+    """As `paired_columns`, beside each other."""
+    found = paired_columns(a, others, measure, eps)
+    return found.t() if isinstance(found, Tensor) else torch.stack(list(found), dim=1)
 
 
 def paired_columns(
@@ -115,8 +128,8 @@ def paired_columns(
     others: Sequence[Tensor],  # N times (B, D)
     measure: str,
     eps: float = 0.0,
-) -> Sequence[Tensor]:  # N times (B,)
-    """As `paired_similarity` for several matrices, column by column: for losses that take the columns apart again.
+) -> Sequence[Tensor] | Tensor:  # N times (B,), or (N, B)
+    """As `paired_similarity` for several matrices, column by column: for losses, which know what they ask for.
 
     Args:
         measure: "cosine", "torch_cosine", "dot" or "angle", which are similarities; "euclidean", "squared_euclidean"
@@ -124,13 +137,19 @@ def paired_columns(
     """
     a, *others = aligned_rows(a, others)
     chosen = _backend(a, others, measure)
-    columns: Sequence[Tensor]
+    columns: Sequence[Tensor] | Tensor
     if chosen != "reference":
         columns = block_pairs(a, others, measure, eps, chosen)
     else:
         with full_precision(a.device.type):
-            columns = [reference.paired_measure(a, other, measure, eps) for other in others]
+            columns = _definition(a, others, measure, eps)
     return [x.abs() for x in columns] if measure == "angle" else columns  # the way back needs the sign
+
+
+def _definition(a: Tensor, others: Sequence[Tensor], measure: str, eps: float) -> Sequence[Tensor] | Tensor:
+    if len(others) < _STACKED_FROM:
+        return [reference.paired_measure(a, other, measure, eps) for other in others]
+    return reference.paired_measure(a, torch.stack(list(others)), measure, eps)
 
 
 def aligned_rows(a: Tensor, others: Sequence[Tensor]) -> list[Tensor]:

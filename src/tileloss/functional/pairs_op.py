@@ -15,7 +15,7 @@ from torch import Tensor
 from tileloss import reference
 from tileloss.functional.second_derivative import gradients_by_definition
 from tileloss.tiled import pairs as tiled
-from tileloss.tiled.cosines import Cosines, cosines, cosines_backward
+from tileloss.tiled.cosines import cosines, cosines_backward
 
 
 def block_pairs(
@@ -65,20 +65,19 @@ class _Cosines(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, measure: str) -> Tensor:
-        found, norms, clamped = cosines(a, b, measure)
-        ctx.measure = measure
-        ctx.save_for_backward(a, b, found, *norms, *clamped)
-        return found.squeeze(1)
+        # a few numbers a row, and neither inputs nor outputs: they need no watch over being written to
+        ctx.measure, ctx.known = measure, cosines(a, b, measure)
+        ctx.save_for_backward(a, b)
+        return ctx.known.found.squeeze(1).clone()
 
     @staticmethod
     def backward(ctx: Any, d_found: Tensor) -> tuple[Tensor | None, ...]:
-        a, b, found, *norms = ctx.saved_tensors
+        a, b = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():
             return (*_through_definition((d_found,), (a, b), ctx.measure, 0.0, needs), None)
         d_found = _with_memory(d_found)
-        known = Cosines(found, (norms[0], norms[1]), (norms[2], norms[3]))
-        return (*cosines_backward(d_found, a, b, known, ctx.measure, needs), None)
+        return (*cosines_backward(d_found, a, b, ctx.known, ctx.measure, needs), None)
 
 
 @torch.library.custom_op("tileloss::pairs", mutates_args=())
@@ -155,7 +154,7 @@ def _through_definition(
     """The gradients as a differentiable function of the inputs, by the definition."""
 
     def definition(a: Tensor, *others: Tensor) -> Tensor:
-        return torch.stack([reference.paired_measure(a, b, measure, eps) for b in others])
+        return reference.paired_measure(a, torch.stack(others), measure, eps)
 
     return gradients_by_definition(definition, torch.stack(list(d_found)), matrices, needs)
 

@@ -61,7 +61,7 @@ class AnglELoss(CoSENTLoss):
             labels = torch.ones(len(queries), device=queries.device)
         of_positives = one_label_each(self, labels, queries, "the similarity to the positive")
         of_negatives = (1 - of_positives).repeat(len(docs) - 1)
-        scores = torch.cat(list(paired_scores(self.similarity_fct, queries, docs)))
+        scores = paired_scores(self.similarity_fct, queries, docs).t().reshape(-1)
         return self._ranked(scores, torch.cat([of_positives, of_negatives]))
 
     @property

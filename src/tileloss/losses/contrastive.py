@@ -17,6 +17,7 @@ from tileloss.losses import citations
 from tileloss.losses.columns import embed_columns, expect_columns
 from tileloss.losses.distance_metrics import DistanceFn, metric_name, stock_name
 from tileloss.losses.labels import one_label_each
+from tileloss.similarity import up
 
 COLUMNS = ("anchor", "positive or negative")
 _EPS = 1e-6  # what torch.nn.functional.pairwise_distance adds to every difference
@@ -130,10 +131,11 @@ class ContrastiveLoss(nn.Module):
         if not (self._checked_labels or torch.compiler.is_compiling()):  # a compiler cannot look at values
             self._checked_labels = True
             warn_unless_binary(self, labels, "weigh the two terms of the loss, with label and 1 - label")
-        distances = pair_distances(self.distance_metric, anchors, others)
+        distances = up(pair_distances(self.distance_metric, anchors, others))
         missed = F.relu(self.margin - distances)
-        losses = 0.5 * (labels.float() * distances.square() + (1 - labels).float() * missed.square())
-        return losses.mean() if self.size_average else losses.sum()
+        # the label's share of the one square, and what is left of the other
+        losses = torch.lerp(missed.square(), distances.square(), labels.to(distances.dtype))
+        return 0.5 * (losses.mean() if self.size_average else losses.sum())
 
     def get_config_dict(self) -> dict[str, Any]:
         """The settings, as a model card shows them; keys and values are sentence-transformers'."""

@@ -95,14 +95,18 @@ class DistillKLDivLoss(nn.Module):
         self._check_columns(embeddings)
         queries, *docs = embeddings
         self._check_labels(labels, len(queries), len(docs))
-        scores = torch.stack(list(paired_scores(self.similarity_fct, queries, docs)), dim=1)
-        found = torch.log_softmax(scores / self.student_temperature, dim=1)
+        scores = paired_scores(self.similarity_fct, queries, docs)
+        temperature = self.student_temperature
+        if temperature != 1:  # a small batch would feel an operation that changes nothing
+            scores = scores / temperature
+        found = torch.log_softmax(scores, dim=1)
         wanted = torch.softmax(labels.detach() / self.teacher_temperature, dim=1)
         # once, because to look at numbers is to wait for the device, and not where a compiler cannot look
         if not (self._checked_teacher_scale or torch.compiler.is_compiling()):
             self._checked_teacher_scale = True
             _check_teacher(type(self).__name__, labels.detach(), wanted, self.teacher_temperature)
-        return self.loss_fct(found, wanted) * self.student_temperature**2
+        loss = self.loss_fct(found, wanted)
+        return loss if temperature == 1 else loss * temperature**2
 
     def _check_columns(self, columns: Sequence[Any]) -> None:
         if len(columns) < 3:

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from tileloss.errors import ColumnsError, InputError, ShapeError
-from tileloss.functional import paired_distance
 from tileloss.functional.mean_squared_error import mean_squared_error
+from tileloss.functional.pairs import paired_columns
 from tileloss.losses import citations
 from tileloss.losses.columns import embed_columns
 
 _METRICS = ("mse", "l2", "cosine")
-_DISTANCES = {"l2": "euclidean", "cosine": "torch_cosine"}
 
 
 class EmbedDistillLoss(nn.Module):
@@ -117,8 +116,10 @@ class EmbedDistillLoss(nn.Module):
             )
         if self.distance_metric == "mse":
             distance = mean_squared_error(student, teacher)
+        elif self.distance_metric == "l2":
+            distance = paired_columns(student, [teacher], "euclidean")[0].mean()
         else:
-            distance = paired_distance(student, teacher, metric=_DISTANCES[self.distance_metric]).mean()
+            distance = (1 - paired_columns(student, [teacher], "torch_cosine")[0]).mean()
         return distance.to(student.dtype)
 
     def save_projection(self, path: str | os.PathLike[str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tileloss.errors import MissingError, ShapeError
@@ -71,9 +70,8 @@ class MarginMSELoss(nn.Module):
         margins = _margins(labels, len(queries), len(docs) - 1)
         if len(docs) == 2 and recognise_paired(self.similarity_fct) == "dot":
             return self.loss_fct(dot_margins(queries, *docs).unsqueeze(1), margins)
-        positive, *negatives = paired_scores(self.similarity_fct, queries, docs)
-        found = [positive - negative for negative in negatives]
-        return self.loss_fct(found[0].unsqueeze(1) if len(found) == 1 else torch.stack(found, dim=1), margins)
+        positives, negatives = paired_scores(self.similarity_fct, queries, docs).split([1, len(docs) - 1], dim=1)
+        return self.loss_fct(positives - negatives, margins)
 
     def get_config_dict(self) -> dict[str, Any]:
         """The settings, as a model card shows them; keys and values are sentence-transformers'."""

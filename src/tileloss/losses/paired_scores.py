@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from tileloss.functional.pairs import paired_columns
+from tileloss.functional.pairs import paired_matrix
 from tileloss.paired import DISTANCES, recognise_paired
 from tileloss.similarity import SimilarityFn
 
@@ -15,7 +16,7 @@ def paired_scores(
     similarity_fct: str | SimilarityFn,
     queries: Tensor,  # (B, D)
     docs: Sequence[Tensor],  # N columns, (B, D) each
-) -> Sequence[Tensor]:  # N columns, (B,) each
+) -> Tensor:  # (B, N)
     """The similarity of query i with row i of each column.
 
     Stock similarities, ours and sentence-transformers', take one pass over the embeddings and return at least float32;
@@ -23,6 +24,6 @@ def paired_scores(
     """
     known = recognise_paired(similarity_fct)
     if not isinstance(known, str):
-        return [known(queries, column) for column in docs]
-    columns = paired_columns(queries, docs, known)
-    return [-x for x in columns] if known in DISTANCES else columns
+        return torch.stack([known(queries, column) for column in docs], dim=1)
+    found = paired_matrix(queries, docs, known)
+    return -found if known in DISTANCES else found

@@ -15,11 +15,11 @@ from tileloss.similarity import up
 
 def paired_measure(
     a: Tensor,  # (B, D)
-    b: Tensor,  # (B, D)
+    b: Tensor,  # (B, D), or N of them stacked, (N, B, D)
     measure: str,
     eps: float,
-) -> Tensor:  # (B,)
-    """Each row of `a` against the same row of `b`.
+) -> Tensor:  # (B,) or (N, B)
+    """Each row of `a` against the same row of `b`, or of each of several matrices.
 
     Args:
         measure: "cosine", "torch_cosine", "dot" or "angle", or the distance "euclidean", "squared_euclidean" or
@@ -33,11 +33,11 @@ def paired_measure(
     a, b = up(a), up(b)
     if measure == "squared_euclidean":  # in fewer operations than a difference and its square
         dtype = torch.promote_types(a.dtype, b.dtype)  # torch 2.11 has no gradients for two
-        a, b = a.to(dtype), b.to(dtype)
-        return F.mse_loss(a + eps if eps else a, b, reduction="none").sum(dim=1)
+        a, b = a.to(dtype).expand_as(b), b.to(dtype)
+        return F.mse_loss(a + eps if eps else a, b, reduction="none").sum(dim=-1)
     difference = a - b
     if eps:
         difference = difference + eps
     if measure == "manhattan":
-        return difference.abs().sum(dim=1)
-    return torch.linalg.vector_norm(difference, dim=1)
+        return difference.abs().sum(dim=-1)
+    return torch.linalg.vector_norm(difference, dim=-1)

@@ -46,13 +46,13 @@ def cosines_backward(
     floor, below_has_gradient = NORM_CLAMPS[measure]
     least = 0.0 if below_has_gradient else floor
     found, norms, clamped = known
-    d_found = d_found.unsqueeze(1)
-    cross = (d_found / clamped[0]).div_(clamped[1])
-    along = (d_found * found).neg_()
+    cross = (d_found.unsqueeze(1) / clamped[0]).div_(clamped[1])
     # the derivative of a norm is the row over the norm: of a norm without a gradient, over infinity
     d_a = d_b = None
     if needs[0]:
-        d_a = (b * cross).addcmul_(a, (along / clamped[0]).div_(torch.threshold(norms[0], least, math.inf)))
+        along = (found * clamped[1]).div_(torch.threshold(norms[0], least, math.inf))
+        d_a = torch.addcmul(b, a, along, value=-1).mul_(cross)
     if needs[1]:
-        d_b = (a * cross).addcmul_(b, (along / clamped[1]).div_(torch.threshold(norms[1], least, math.inf)))
+        along = (found * clamped[0]).div_(torch.threshold(norms[1], least, math.inf))
+        d_b = torch.addcmul(a, b, along, value=-1).mul_(cross)
     return d_a, d_b
