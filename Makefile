@@ -43,7 +43,10 @@ gpu: tree ## on a GPU machine: its tests and its sweep, within ten minutes and w
 		$(MAKE) --no-print-directory venv || exit 1; python=.venv/bin/python; \
 		$$python -c '$(HAS_GPU)' || { echo "make gpu: torch finds no CUDA, ROCm or XPU device here" >&2; exit 1; }; \
 	fi; \
-	export PYTHONSAFEPATH=1 PYTHONPATH="$(TREE)$${PYTHONPATH:+:$$PYTHONPATH}"; \
+	export PYTHONSAFEPATH=1 PYTHONPATH="$(TREE):$(CURDIR)/build/peers$${PYTHONPATH:+:$$PYTHONPATH}"; \
+	rm -rf build/peers; \
+	for wheel in wheels/*.whl; do [ ! -e "$$wheel" ] || $$python -m pip install --quiet --no-index --no-deps \
+		--target build/peers "$$wheel"; done; \
 	timeout 300 $$python -m pytest -m gpu; tests=$$?; \
 	timeout 280 $$python -c 'import sys; from tileloss.cli import main; sys.exit(main())' \
 		bench --preset gpu --out "$(OUT)"; sweep=$$?; \

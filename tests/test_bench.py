@@ -6,6 +6,7 @@ import re
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,10 +35,11 @@ from tileloss.bench.measure import (
 )
 from tileloss.bench.report import table
 from tileloss.bench.sweep import Limits, Outcome
-from tileloss.bench.targets import TARGETS, Target, judge
+from tileloss.bench.targets import GPU_TARGETS, TARGETS, Target, judge
 from tileloss.bench.workloads import WORKLOADS, Case
 
 MIB = 2**20
+COMPILED = "torch.compile"  # which takes longer than all else here
 
 
 @pytest.mark.parametrize(
@@ -170,14 +172,34 @@ def test_predictions_leave_out_what_does_not_fit() -> None:
     """By squares for a materialised form, by lines for tiles; a failure holds for all larger sizes."""
     small, large, limits = Case("default", 1024, 64), Case("default", 4096, 64), Limits(memory=100 * MIB)
     measured = small, Memory(peak=10 * MIB)
-    assert "0.2 GiB of 0.1 GiB" in sweep._obstacle("pytorch", large, measured, limits, 1)
-    assert sweep._obstacle(TILELOSS, large, measured, limits, 1) is None
-    assert sweep._obstacle("pytorch", large, measured, Limits(memory=160 * MIB), 1) is None
-    assert "would need" in sweep._obstacle("pytorch", large, None, limits, 1)
-    assert sweep._obstacle(TILELOSS, large, (small, Memory(missing="broken")), limits, 1) == "broken"
+    assert "0.2 GiB of 0.1 GiB" in sweep._obstacle("pytorch", large, measured, limits)
+    assert sweep._obstacle(TILELOSS, large, measured, limits) is None
+    assert sweep._obstacle("pytorch", large, measured, Limits(memory=160 * MIB)) is None
+    assert "would need" in sweep._obstacle("pytorch", large, None, limits)
+    assert sweep._obstacle(TILELOSS, large, (small, Memory(missing="broken")), limits) == "broken"
     slow = small, Memory(peak=1, seconds=10.0)
-    assert "time limit" in sweep._obstacle(TILELOSS, large, slow, Limits(seconds=1000), 0.4)
-    assert sweep._obstacle(TILELOSS, large, slow, Limits(seconds=1000), 0.5) is None
+    assert "time limit" in sweep._obstacle(TILELOSS, large, slow, Limits(seconds=480 * 6))
+    assert sweep._obstacle(TILELOSS, large, slow, Limits(seconds=480 * 8)) is None
+    assert "time limit" in sweep._obstacle(TILELOSS, small, None, Limits(seconds=0))
+
+
+def test_predictions_go_by_the_nearest_batch_that_tells() -> None:
+    """The next smaller one, even if it failed; else the next larger one, unless it failed."""
+    fine, failed = Memory(peak=1), Memory(missing="broken")
+    tried = [(Case("default", batch, 8), memory) for batch, memory in ((64, fine), (128, failed), (16, fine))]
+    assert sweep._nearest(tried, 256) == tried[1]
+    assert sweep._nearest(tried, 100) == tried[0]
+    assert sweep._nearest(tried, 8) == tried[2]
+    assert sweep._nearest(tried[1:2], 64) is None
+
+
+def test_what_was_measured_is_kept_after_each_case() -> None:
+    """In the order given, so that a run that is cut short leaves the first cases behind."""
+    cases = [Case("default", batch, 8) for batch in (64, 16, 32)]
+    kept: list[list[Case]] = []
+    results = sweep.sweep(cases, [TILELOSS], 3, Limits(seconds=0), lambda results: kept.append(list(results)))
+    assert kept == [cases[:1], cases[:2], cases]
+    assert all("time limit" in outcomes[TILELOSS].missing for outcomes in results.values())
 
 
 def test_a_sweep_from_the_command_line(
@@ -209,11 +231,12 @@ def test_a_sweep_from_the_command_line(
 
 @pytest.fixture
 def promises(monkeypatch: pytest.MonkeyPatch) -> tuple[Target, ...]:
-    """Three targets in place of those that stand in the code, which change: one of each kind."""
+    """Four targets in place of those that stand in the code, which change: one of each kind."""
     chosen = (
         Target("default", 8192, speed_up=2.0, memory=1 / 8, floor=1.3),
         Target("four_directions", 4096, speed_up=2.5, memory=1 / 8),
         Target("batch_all", 64, speed_up=1.0),
+        Target("gist", 64, milliseconds=2000, megabytes=10),
     )
     for module in (targets, command):
         monkeypatch.setattr(module, "TARGETS", chosen)
@@ -240,6 +263,7 @@ def results_like(promises: tuple[Target, ...], speed_up: float, memory: float, f
         ((2.5, 0.15, 1.25), {"default", "four_directions"}),
         ((2.5, 0.125, 1.5), {"default"}),
         ((0.5, 0.125, 1.25), {"default", "four_directions", "batch_all"}),
+        ((2.5, 25.0, 1.25), {"default", "four_directions", "gist"}),
     ],
 )
 def test_verdicts(
@@ -252,7 +276,7 @@ def test_verdicts(
 ) -> None:
     pytest.importorskip("sentence_transformers")
     results = results_like(promises, *ratios)
-    assert {verdict.target.workload for verdict in judge(results) if not verdict.reached} == missed
+    assert {verdict.target.workload for verdict in judge(results, promises) if not verdict.reached} == missed
     monkeypatch.setattr(command, "sweep", lambda *_: results)
     assert main(["--preset", "targets", "--out", str(tmp_path)]) == 0
     assert main(["--preset", "targets", "--check", "--out", str(tmp_path)]) == bool(missed)
@@ -262,11 +286,51 @@ def test_verdicts(
 def test_a_target_without_a_figure_is_missed(promises: tuple[Target, ...]) -> None:
     results = results_like(promises, 10.0, 0.01, 1.0)
     results[promises[0].case][SENTENCE_TRANSFORMERS] = Outcome(missing="killed")
-    assert [verdict.reached for verdict in judge(results)] == [False, True, True]
+    assert [verdict.reached for verdict in judge(results, promises)] == [False, True, True, True]
     assert "killed" in table(results)
+    del results[promises[3].case]
+    assert not judge(results, promises)[3].reached
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_a_step_too_long_for_turns_is_judged_by_its_single_reading() -> None:
+    target = Target("default", 64, milliseconds=1000)
+    outcomes = {TILELOSS: Outcome(Memory(peak=1, seconds=0.9), missing="left out")}
+    assert [verdict.milliseconds for verdict in judge({target.case: outcomes}, [target])] == [900]
+
+
+def test_the_sweep_on_a_gpu_starts_with_what_tells_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything promised comes before the rest of the grid, and the grid is complete."""
+    plan = command.PRESETS["gpu"]()
+    first = {case.workload for case in plan.cases[:10]}
+    assert {case.batch for case in plan.cases[:10]} == {32_768}
+    assert first >= {"default", "symmetric", "four_directions", "gist", "matryoshka", "batch_all"}
+    assert set(plan.cases[:60]) >= {target.case for target in GPU_TARGETS}
+    assert len(plan.cases) >= len(first) * 12 * 4 * 2
+    assert len(set(plan.cases)) == len(plan.cases)
+
+
+@pytest.mark.parametrize("preset", ["gpu", "gpu-targets"])
+def test_the_runs_on_a_gpu_rehearsed_without_one(
+    preset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command over the same works and contestants, at sizes for a CPU: figures, reasons, verdicts, files."""
+    monkeypatch.setattr(measure, "SHORTEST_SAMPLE", 0.0)
+    monkeypatch.setattr(measure, "SHORTEST_COMPARISON", 0.0)
+    plan = command.PRESETS[preset]()
+    cases = list(dict.fromkeys(replace(case, batch=24, width=16, device="cpu") for case in plan.cases[:11]))
+    promises = [Target(case.workload, 24, speed_up=1e-9, width=16, dtype=case.dtype) for case in cases[:2]]
+    small = replace(plan, cases=cases, targets=promises, contestants=[n for n in plan.contestants if n != COMPILED])
+    monkeypatch.setitem(command.PRESETS, preset, lambda: small)
+    assert main(["--preset", preset, "--check", "--out", str(tmp_path)]) == 0
+    content = json.loads(next(tmp_path.glob(f"{preset}-cpu-*.json")).read_text())
+    assert [record["reached"] for record in content["targets"]] == [True, True]
+    assert len(content["cases"]) == len(cases)
+    for case in content["cases"]:
+        assert case["results"][TILELOSS]["forward_backward"]["seconds"]
+    assert "reached" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("target", [*TARGETS, *GPU_TARGETS], ids=str)
 def test_every_target_is_of_work_that_exists(target: Target) -> None:
     assert WORKLOADS[target.workload].loss in tileloss.losses.__all__
     assert target.case.width in (384, 768)
@@ -275,7 +339,7 @@ def test_every_target_is_of_work_that_exists(target: Target) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ("--check", "--preset targets"),
+        ("--check", "with --preset targets"),
         ("--preset targets --batch 8", "leave out --batch"),
         ("--batch 0", "must be 1 or more"),
         ("--rounds 2", "must be 3 or more"),

@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from itertools import product
@@ -15,25 +15,31 @@ from typing import Any
 
 import torch
 
-from tileloss.bench.contestants import CONTESTANTS, SENTENCE_TRANSFORMERS, TILELOSS
+from tileloss.bench.contestants import CONTESTANTS, INF_CL, LIGER, SENTENCE_TRANSFORMERS, TILELOSS
 from tileloss.bench.report import save_figures, save_json, table
 from tileloss.bench.sweep import Limits, Results, sweep
-from tileloss.bench.targets import TARGETS, judge, verdict_table
+from tileloss.bench.targets import GPU_TARGETS, TARGETS, Target, judge, verdict_table
 from tileloss.bench.workloads import DTYPES, WORKLOADS, Case
 
-# in a short run on a GPU these two need no time of their own: automatic choice and plain pytorch show the same there
-_LEFT_OUT_ON_A_GPU = ("tileloss-triton", "tileloss-reference")
+# time on a GPU is short: who runs there in the sweep, of which work, and in which widths
+_ON_A_GPU = [TILELOSS, SENTENCE_TRANSFORMERS, "pytorch", "torch.compile", INF_CL, LIGER]
+_WORK_ON_A_GPU = (
+    "default", "symmetric", "four_directions", "hardness", "hard_negatives", "gist", "matryoshka",
+    "batch_all", "batch_hard", "semi_hard",
+)  # fmt: skip
+_WIDTHS_ON_A_GPU = (768, 384, 1024, 4096)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run measures, under a name for its files."""
+    """What a run measures, in this order, under a name for its files, and what it is judged by."""
 
     name: str
     cases: list[Case]
     contestants: list[str]
     rounds: int = 5
     minutes: float | None = None
+    targets: Sequence[Target] = ()
 
 
 def _doubling(first: int, last: int) -> list[int]:
@@ -46,18 +52,38 @@ def _accelerator() -> str | None:
     return accelerator.type if accelerator is not None and accelerator.type in ("cuda", "xpu") else None
 
 
+def _cheap_first(cases: Iterable[Case]) -> list[Case]:
+    return sorted(dict.fromkeys(cases), key=lambda case: case.cost)
+
+
 def _targets_plan() -> Plan:
-    return Plan("targets", [target.case for target in TARGETS], [TILELOSS, SENTENCE_TRANSFORMERS])
+    cases = _cheap_first(target.case for target in TARGETS)
+    return Plan("targets", cases, [TILELOSS, SENTENCE_TRANSFORMERS], targets=TARGETS)
+
+
+def _gpu_targets_plan() -> Plan:
+    cases = [target.case for target in GPU_TARGETS]
+    return Plan("gpu-targets", cases, [TILELOSS, SENTENCE_TRANSFORMERS], 3, 4.2, GPU_TARGETS)
 
 
 def _gpu_plan() -> Plan:
-    sizes = product(_doubling(512, 262_144), ("bfloat16", "float32"))
-    cases = [Case("default", batch, 768, dtype, _accelerator() or "cuda") for batch, dtype in sizes]
-    contestants = [name for name in CONTESTANTS if name not in _LEFT_OUT_ON_A_GPU]
-    return Plan("gpu", cases, contestants, rounds=3, minutes=4.2)
+    """The most telling cases first: every loss at one size, one loss over all sizes, small batches, then the rest."""
+    device = GPU_TARGETS[0].device
+    at_32k = [Case(work, 32_768, 768, dtype, device) for dtype in ("bfloat16", "float32") for work in _WORK_ON_A_GPU]
+    over_sizes = [Case("default", batch, 768, "bfloat16", device) for batch in _doubling(512, 131_072)]
+    grid = product(_WORK_ON_A_GPU, _doubling(512, 1_048_576), _WIDTHS_ON_A_GPU, ("bfloat16", "float32"))
+    rest = _cheap_first(Case(*size, device) for size in grid)
+    ordered = (
+        *at_32k[: len(_WORK_ON_A_GPU) + 1],
+        *over_sizes,
+        *(target.case for target in GPU_TARGETS),
+        *at_32k,
+        *rest,
+    )
+    return Plan("gpu", list(dict.fromkeys(ordered)), _ON_A_GPU, 3, 4.2, GPU_TARGETS)
 
 
-PRESETS = {"targets": _targets_plan, "gpu": _gpu_plan}
+PRESETS = {"targets": _targets_plan, "gpu-targets": _gpu_targets_plan, "gpu": _gpu_plan}
 
 
 def _plan_of(options: argparse.Namespace) -> Plan:
@@ -68,7 +94,7 @@ def _plan_of(options: argparse.Namespace) -> Plan:
         options.width or [384, 768, 1024],
         options.dtype or (["float32"] if device == "cpu" else ["float32", "bfloat16"]),
     )
-    cases = list(dict.fromkeys(Case(*size, device) for size in sizes))
+    cases = _cheap_first(Case(*size, device) for size in sizes)
     return Plan("sweep", cases, options.contestant or list(CONTESTANTS), minutes=30.0)
 
 
@@ -91,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         "tileloss by backend, plain PyTorch, torch.compile of it, sentence-transformers if installed, and the floor.",
     )
     parser.add_argument("--preset", choices=PRESETS, help="a fixed set of cases instead of the options below")
-    parser.add_argument("--check", action="store_true", help="with --preset targets: exit with 1 if one is missed")
+    parser.add_argument("--check", action="store_true", help="with a preset: exit with 1 if a target is missed")
     sizes = parser.add_argument_group("what to measure")
     sizes.add_argument("--workload", nargs="+", choices=WORKLOADS, help="default: the workload named default")
     sizes.add_argument("--batch", nargs="+", type=_number(int, 1), help="default: doubling from 512 to what fits")
@@ -99,9 +125,13 @@ def _parser() -> argparse.ArgumentParser:
     sizes.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: float32, on a GPU bfloat16 too")
     sizes.add_argument("--contestant", nargs="+", choices=CONTESTANTS, help="default: all")
     sizes.add_argument("--device", choices=("cpu", "cuda", "xpu"), help="default: the GPU if there is one")
-    parser.add_argument("--rounds", type=_number(int, 3), help="least samples of each time; default: 5, gpu preset 3")
+    parser.add_argument(
+        "--rounds", type=_number(int, 3), help="least samples of each time; default: 5, on a GPU's presets 3"
+    )
     parser.add_argument("--memory-limit", type=_number(float, 0), metavar="GIB", help="default: what is free")
-    parser.add_argument("--time-limit", type=_number(float, 0), metavar="MINUTES", help="default: 30, gpu preset 4.2")
+    parser.add_argument(
+        "--time-limit", type=_number(float, 0), metavar="MINUTES", help="default: 30, GPU's presets 4.2"
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("benchmarks/results"), help="folder of the results; default: %(default)s"
     )
@@ -110,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _chosen(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Plan:
     """The plan that the options ask for; leaves with a message if they contradict each other or the machine."""
-    if options.check and options.preset != "targets":
+    if options.check and not options.preset:
         parser.error("--check judges the targets: give it together with --preset targets")
     if options.preset:
         given = [
@@ -148,12 +178,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         memory=None if options.memory_limit is None else round(options.memory_limit * 2**30),
         seconds=None if plan.minutes is None else 60 * plan.minutes,
     )
-    results = sweep(plan.cases, plan.contestants, plan.rounds, limits)
-    print(table(results))
-    verdicts = judge(results) if plan.name == "targets" else []
     stem = options.out / f"{plan.name}-{plan.cases[0].device}-{date.today().isoformat()}"
     command = shlex.join(["tileloss", "bench", *argv])
-    save_json(results, stem.with_suffix(".json"), command, {"targets": [verdict.record() for verdict in verdicts]})
+
+    def keep(results: Results) -> None:
+        records = [verdict.record() for verdict in judge(results, plan.targets)]
+        save_json(results, stem.with_suffix(".json"), command, {"targets": records})
+
+    results = sweep(plan.cases, plan.contestants, plan.rounds, limits, keep)
+    print(table(results))
+    verdicts = judge(results, plan.targets)
     print(f"\nwritten: {', '.join(map(str, [stem.with_suffix('.json'), *_figures(results, stem)]))}")
     if verdicts:
         print(f"\n{verdict_table(verdicts)}")

@@ -9,6 +9,7 @@ another library multiplies faster than `torch.mm`, tileloss can fall below it.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 import tileloss.losses
 from tileloss.backend import use_backend
-from tileloss.bench.workloads import Case, Workload, widths
+from tileloss.bench.workloads import Case, CrossEntropy, Workload, widths
 from tileloss.given import Given
 
 Loss = Callable[[list[Tensor]], Tensor]
@@ -190,8 +191,38 @@ def _metric_learning(workload: Workload) -> Loss:
     return run
 
 
+def _inf_cl(workload: Workload) -> Loss:
+    """Inf-CL's softmax over one matrix of similarities, made for CUDA; it computes in float32 whatever the inputs."""
+    from inf_cl import cal_flash_loss
+
+    def cross_entropy(inputs: Tensor, classes: Tensor) -> Tensor:
+        part = math.gcd(inputs.shape[1], 256)  # it takes the products in parts of so many numbers, a power of two
+        return cal_flash_loss(inputs.contiguous(), classes.contiguous(), head_dim=part).mean()
+
+    return _by_cross_entropy("Inf-CL", cross_entropy, workload)
+
+
+def _liger(workload: Workload) -> Loss:
+    """Liger's cross-entropy after a linear layer, with the documents as the layer's weight."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss(accum_dtype=torch.float32)  # as everybody's sums of gradients
+
+    def cross_entropy(inputs: Tensor, classes: Tensor) -> Tensor:
+        return loss(classes, inputs, torch.arange(len(inputs), device=inputs.device))
+
+    return _by_cross_entropy("Liger", cross_entropy, workload)
+
+
+def _by_cross_entropy(library: str, cross_entropy: CrossEntropy, workload: Workload) -> Loss:
+    softmax = workload.softmax
+    if softmax is None:
+        raise NotImplementedError(f"{library} has no loss for the workload {workload.name!r}")
+    return lambda columns: softmax(columns, cross_entropy)
+
+
 TILELOSS, REFERENCE, SENTENCE_TRANSFORMERS = "tileloss", "tileloss-reference", "sentence-transformers"
-METRIC_LEARNING = "pytorch-metric-learning"
+METRIC_LEARNING, INF_CL, LIGER = "pytorch-metric-learning", "inf-cl", "liger-kernel"
 
 CONTESTANTS = {
     contestant.name: contestant
@@ -204,5 +235,7 @@ CONTESTANTS = {
         Contestant("torch.compile", _compiled, materialises=True),
         Contestant(SENTENCE_TRANSFORMERS, _sentence_transformers, materialises=True),
         Contestant(METRIC_LEARNING, _metric_learning, materialises=True),
+        Contestant(INF_CL, _inf_cl, materialises=False),
+        Contestant(LIGER, _liger, materialises=False),
     )
 }

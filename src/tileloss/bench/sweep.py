@@ -1,15 +1,17 @@
-"""A run over many cases: first everybody's memory, then everybody's time.
+"""A run over many cases: of each, first everybody's memory, then everybody's time.
 
 Memory goes first because it is also the safe way to find out who can run what: it happens in processes that may die.
 A contestant that fails at one size, or is predicted not to fit, is left out at the larger ones of that curve, and the
-reason is kept in the results. Time goes from the cheapest case to the dearest, so that a time limit costs the largest.
+reason is kept in the results. Cases are run in the order given, so that a time limit costs the last, and what has been
+measured is handed on after each, so that a run that is cut short leaves that behind.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
@@ -20,8 +22,8 @@ from tileloss.bench.measure import Memory, MemoryProcess, available_memory, desc
 from tileloss.bench.workloads import DTYPES, WORKLOADS, Case
 
 # to plan by: how many steps one memory takes, how long forward takes beside forward and backward, and how much of the
-# time limit may go into measuring memory
-_MEMORY_STEPS, _FORWARD_SHARE, _MEMORY_SHARE = 3, 0.5, 0.6
+# time limit may go into one contestant's memory in one case, or into the times of one case
+_MEMORY_STEPS, _FORWARD_SHARE, _PART = 3, 0.5, 1 / 7
 
 
 @dataclass
@@ -55,7 +57,8 @@ class Limits:
 
     Attributes:
         memory: bytes that a contestant's step may be predicted to need; None: what the device has free at the time.
-        seconds: for the whole run; None: no limit. What is predicted to end later is not started.
+        seconds: for the whole run; None: no limit. What is predicted to end later, or to take more than a seventh of
+            it by itself, is not started.
     """
 
     memory: int | None = None
@@ -64,66 +67,82 @@ class Limits:
     def __post_init__(self) -> None:
         self._start = time.monotonic()
 
-    def exceeded_by(self, seconds: float, share: float = 1.0) -> bool:
-        """Whether work of that length, started now, would end beyond that share of the time."""
-        return self.seconds is not None and time.monotonic() - self._start + seconds > share * self.seconds
+    def exceeded_by(self, seconds: float) -> bool:
+        """Whether work of that length, started now, would take more than its part of the time, or end beyond it."""
+        if self.seconds is None:
+            return False
+        return seconds > _PART * self.seconds or time.monotonic() - self._start + seconds > self.seconds
 
 
-def sweep(cases: Iterable[Case], contestants: Sequence[str], rounds: int, limits: Limits) -> Results:
+Tried = list[tuple[Case, Memory]]
+
+
+def sweep(
+    cases: Iterable[Case],
+    contestants: Sequence[str],
+    rounds: int,
+    limits: Limits,
+    keep: Callable[[Results], None] = lambda results: None,
+) -> Results:
     """Measure every contestant in every case: memory first, then time, with the floor of each case beside it.
 
     Args:
-        cases: what to measure; run in order of their cost.
+        cases: what to measure; run in this order.
         contestants: keys of `CONTESTANTS`.
         rounds: how many samples of each time at least.
         limits: of memory and time.
+        keep: is given, after each case, the results so far.
 
     Returns:
         By case and contestant what was measured, or why it was not; and so of `FLOOR`, where a loss compares all rows.
     """
-    results: Results = {
-        case: {name: Outcome() for name in (*contestants, FLOOR)} for case in sorted(cases, key=lambda case: case.cost)
-    }
-    # those first whose memory ends them early: what they do not use of their part of the time, the others may
-    order = sorted(contestants, key=lambda name: not CONTESTANTS[name].materialises)
-    with tqdm(total=len(results) * len(order), desc="memory", unit="step") as progress:
-        for position, name in enumerate(order, start=1):
-            _measure_memory(name, results, limits, _MEMORY_SHARE * position / len(order), progress)
-    for case in tqdm(results, desc="time", unit="case"):
-        _measure_time(case, results[case], rounds, limits)
+    results: Results = {}
+    tried: dict[tuple, Tried] = {}
+    with ExitStack() as stack:
+        threads = torch.get_num_threads()
+        processes = [stack.enter_context(MemoryProcess(name, threads)) for name in contestants]
+        for case in (progress := tqdm(list(cases), unit="case")):
+            progress.set_postfix_str(str(case))
+            outcomes = results[case] = {name: Outcome() for name in (*contestants, FLOOR)}
+            for process in processes:
+                name = process.contestant
+                outcomes[name] = _memory(process, case, tried.setdefault((name, case.group), []), limits)
+            _measure_time(case, outcomes, rounds, limits)
+            keep(results)
     return results
 
 
-def _measure_memory(name: str, results: Results, limits: Limits, share: float, progress: tqdm) -> None:
-    """One contestant's memory in all cases, in a process of its own, before that share of the time limit is over."""
-    reached: dict[tuple, tuple[Case, Memory]] = {}  # by curve: the largest case that was tried
-    with MemoryProcess(name, torch.get_num_threads()) as process:
-        for case, outcomes in results.items():
-            progress.set_postfix_str(f"{name}, {case}", refresh=False)
-            outcome, before = outcomes[name], reached.get(case.group)
-            outcome.missing = _obstacle(name, case, before, limits, share)
-            if outcome.missing is None:
-                outcome.memory = process.measure(case)
-                outcome.missing = outcome.memory.missing
-            if outcome.missing is not None:
-                outcome.memory = None
-            reached[case.group] = case, outcome.memory or Memory(missing=outcome.missing)
-            progress.update()
+def _memory(process: MemoryProcess, case: Case, tried: Tried, limits: Limits) -> Outcome:
+    """One contestant's memory in one case, in its own process, noted down beside what was tried on that curve."""
+    missing = _obstacle(process.contestant, case, _nearest(tried, case.batch), limits)
+    memory = process.measure(case) if missing is None else Memory(missing=missing)
+    tried.append((case, memory))
+    return Outcome(memory=memory if memory.missing is None else None, missing=memory.missing)
 
 
-def _obstacle(name: str, case: Case, before: tuple[Case, Memory] | None, limits: Limits, share: float) -> str | None:
-    """Why not to try this case, by what the next smaller one on the curve needed; None: try it."""
+def _nearest(tried: Tried, batch: int) -> tuple[Case, Memory] | None:
+    """By what to predict a batch: the next smaller one that was tried, else the next larger one that ran."""
+    smaller = [entry for entry in tried if entry[0].batch <= batch]
+    if smaller:
+        return max(smaller, key=lambda entry: entry[0].batch)
+    larger = [entry for entry in tried if entry[1].missing is None]
+    return min(larger, key=lambda entry: entry[0].batch, default=None)
+
+
+def _obstacle(name: str, case: Case, known: tuple[Case, Memory] | None, limits: Limits) -> str | None:
+    """Why not to try this case, by what another one on the curve needed; None: try it."""
     matrix = case.batch * case.docs * DTYPES[case.dtype].itemsize
     matrices = WORKLOADS[case.workload].matrices if CONTESTANTS[name].materialises else 0
-    needed = matrices * matrix
-    if before is not None:
-        smaller, memory = before
+    needed, seconds = matrices * matrix, 0.0
+    if known is not None:
+        other, memory = known
         if memory.missing is not None:
             return memory.missing
-        growth = case.batch / smaller.batch
+        growth = case.batch / other.batch
         needed = round(memory.peak * growth ** (2 if matrices else 1))
-        if limits.exceeded_by(_MEMORY_STEPS * memory.seconds * growth**2, share):
-            return f"left out: measuring memory at B={case.batch} would take more than its part of the time limit"
+        seconds = _MEMORY_STEPS * memory.seconds * growth**2
+    if limits.exceeded_by(seconds):
+        return f"left out: measuring memory at B={case.batch} would take more than its part of the time limit"
     available = limits.memory if limits.memory is not None else available_memory(case.device)
     if available is not None and needed > available:
         return f"left out: B={case.batch} would need about {needed / 2**30:.1f} GiB of {available / 2**30:.1f} GiB"
@@ -140,7 +159,7 @@ def _measure_time(case: Case, outcomes: dict[str, Outcome], rounds: int, limits:
     planned = (sum(steps) + min(steps)) * (1 + _FORWARD_SHARE) * (rounds + 1)
     if limits.exceeded_by(planned):
         for name in (*runners, FLOOR):
-            outcomes[name].missing = f"left out: timing B={case.batch} would run past the time limit"
+            outcomes[name].missing = f"left out: timing B={case.batch} would take more than its part of the time limit"
         return
     embeddings = case.embeddings()
     entries = {}

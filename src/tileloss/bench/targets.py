@@ -1,18 +1,20 @@
-"""What tileloss promises against sentence-transformers, and the judgement whether a run kept it.
+"""What tileloss promises, most of it against sentence-transformers, and the judgement whether a run kept it.
 
-The promises hold for two CPU cores and float32, forward and backward. Times are medians, measured in turns in
-one process, and still depend on the machine and on what else it does; peaks are measured in a process each.
+`TARGETS` hold for two CPU cores and float32, `GPU_TARGETS` for one H200, both forward and backward. Times are medians,
+measured in turns in one process, and still depend on the machine and on what else it does; peaks are measured in a
+process each. A step for whose turns a run had no time is judged by the single reading that goes with its peak.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tileloss.bench.contestants import FLOOR, SENTENCE_TRANSFORMERS, TILELOSS
 from tileloss.bench.report import peak, ratio
 from tileloss.bench.sweep import Outcome, Results
-from tileloss.bench.workloads import Case
+from tileloss.bench.workloads import DTYPES, WORKLOADS, Case
 
 
 @dataclass(frozen=True)
@@ -21,23 +23,30 @@ class Target:
 
     Attributes:
         workload, batch: of which work.
-        speed_up: at least this many times as fast as sentence-transformers.
-        memory: at most this share of its extra peak memory; None: no promise.
-        floor: at most this many times the time of the three matrix products; None: no promise.
+        speed_up: at least this many times as fast as sentence-transformers; None, here and below: no promise.
+        memory: at most this share of its extra peak memory.
+        floor: at most this many times the time of the three matrix products.
+        milliseconds: at most so many.
+        megabytes: at most so many millions of bytes beyond the inputs and their gradients.
         width: the numbers of an embedding, D.
+        dtype, device: of the embeddings.
     """
 
     workload: str
     batch: int
-    speed_up: float
+    speed_up: float | None = None
     memory: float | None = None
     floor: float | None = None
+    milliseconds: float | None = None
+    megabytes: float | None = None
     width: int = 384
+    dtype: str = "float32"
+    device: str = "cpu"
 
     @property
     def case(self) -> Case:
         """The case that shows whether it is kept."""
-        return Case(self.workload, self.batch, self.width)
+        return Case(self.workload, self.batch, self.width, self.dtype, self.device)
 
 
 # losses that read pairs, or tuples, of rows and compare no others, and the share of memory: half, or, where the
@@ -82,74 +91,118 @@ TARGETS = (
 )
 
 
+def _on_h200(workload: str, batch: int = 32_768, dtype: str = "bfloat16", **promise: float) -> Target:
+    return Target(workload, batch, width=768, dtype=dtype, device="cuda", **promise)
+
+
+SMALL_BATCHES = (32, 64, 128, 256, 512, 1024)
+
+GPU_TARGETS = (
+    _on_h200("default", milliseconds=12, speed_up=2.0, megabytes=500),
+    _on_h200("default", dtype="float32", speed_up=2.0),
+    _on_h200("symmetric", milliseconds=14),
+    _on_h200("four_directions", milliseconds=35),
+    _on_h200("gist", milliseconds=20),
+    _on_h200("matryoshka", milliseconds=25),
+    _on_h200("batch_all", milliseconds=18),
+    *(_on_h200("default", batch, dtype, speed_up=1.0) for dtype in ("bfloat16", "float32") for batch in SMALL_BATCHES),
+    *(
+        _on_h200(name, batch, "float32", speed_up=1.0)
+        for name in ("symmetric", "gist", "matryoshka", "batch_all", "batch_hard", "semi_hard")
+        for batch in (64, 1024)
+    ),
+    _on_h200("default", 1_048_576, milliseconds=16_000),
+)
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """A target beside what was measured of tileloss, of sentence-transformers and of the floor."""
+    """A target beside what was measured of tileloss, of sentence-transformers and of the floor; each None if nothing.
+
+    Attributes:
+        speed_up: how many times as fast as sentence-transformers.
+        memory: which share of its extra peak memory.
+        floor: how many times as long as the three matrix products; None too for a loss that has none.
+        milliseconds: how long a step took.
+        megabytes: the extra peak memory, less the gradients of the inputs.
+    """
 
     target: Target
     ours: Outcome
     theirs: Outcome
-    floor: Outcome
-
-    @property
-    def speed_up(self) -> float | None:
-        """How many times as fast as sentence-transformers; None without both figures, as below."""
-        return ratio(self.theirs.seconds, self.ours.seconds)
-
-    @property
-    def memory(self) -> float | None:
-        """Which share of its extra peak memory."""
-        return ratio(peak(self.ours), peak(self.theirs))
-
-    @property
-    def times_floor(self) -> float | None:
-        """How many times as long as the three matrix products; None too for a loss that has none."""
-        return ratio(self.ours.seconds, self.floor.seconds)
+    speed_up: float | None
+    memory: float | None
+    floor: float | None
+    milliseconds: float | None
+    megabytes: float | None
 
     @property
     def reached(self) -> bool:
-        """Whether every part of the promise is kept; without a figure it is not."""
-        if self.speed_up is None or self.memory is None:
-            return False
-        floor, measured = self.target.floor, self.times_floor
-        within_floor = floor is None or (measured is not None and measured <= floor)
-        within_memory = self.target.memory is None or self.memory <= self.target.memory
-        return self.speed_up >= self.target.speed_up and within_memory and within_floor
+        """Whether every part of the promise is kept; without its figure none is."""
+        return all(self._kept(name) for name in ("speed_up", *_UPPER_BOUNDS))
+
+    def _kept(self, name: str) -> bool:
+        promised, measured = getattr(self.target, name), getattr(self, name)
+        if promised is None:
+            return True
+        return measured is not None and (measured <= promised if name in _UPPER_BOUNDS else measured >= promised)
 
     def record(self) -> dict[str, Any]:
         """The verdict for the JSON file."""
-        measured = {"speed_up": self.speed_up, "memory": self.memory, "floor": self.times_floor}
+        measured = {name: getattr(self, name) for name in ("speed_up", *_UPPER_BOUNDS)}
         return {"target": vars(self.target), "measured": measured, "reached": self.reached}
 
 
-def judge(results: Results) -> list[Verdict]:
-    """Hold the results of the targets' cases against the targets, in their order."""
-    return [
-        Verdict(target, *(results[target.case][name] for name in (TILELOSS, SENTENCE_TRANSFORMERS, FLOOR)))
-        for target in TARGETS
-    ]
+_UPPER_BOUNDS = ("memory", "floor", "milliseconds", "megabytes")
 
 
-def verdict_table(verdicts: list[Verdict]) -> str:
+def judge(results: Results, targets: Sequence[Target]) -> list[Verdict]:
+    """Hold the results of the targets' cases against the targets, in order; what was not measured has no figure."""
+    return [_verdict(target, results.get(target.case, {})) for target in targets]
+
+
+def _verdict(target: Target, outcomes: Mapping[str, Outcome]) -> Verdict:
+    ours, theirs, floor = (outcomes.get(name, Outcome()) for name in (TILELOSS, SENTENCE_TRANSFORMERS, FLOOR))
+    single = ours.memory.seconds if ours.memory is not None else None
+    seconds, held = ours.seconds or single, peak(ours)
+    case = target.case
+    gradients = WORKLOADS[case.workload].columns * case.batch * case.width * DTYPES[case.dtype].itemsize
+    return Verdict(
+        target,
+        ours,
+        theirs,
+        speed_up=ratio(theirs.seconds, ours.seconds),
+        memory=ratio(held, peak(theirs)),
+        floor=ratio(ours.seconds, floor.seconds),
+        milliseconds=None if seconds is None else 1e3 * seconds,
+        megabytes=None if held is None else (held - gradients) / 1e6,
+    )
+
+
+def verdict_table(verdicts: Sequence[Verdict]) -> str:
     """One line per target: measured, and in brackets what was promised."""
-    lines = [f"{'target':<32} {'ms, theirs -> ours':>20} {'speed-up':>14} {'memory':>16} {'x floor':>14}  reached"]
+    lines = [
+        f"{'target':<40} {'theirs, ms':>10} {'ours, ms':>18} {'speed-up':>14} {'memory':>16} {'MB':>16}"
+        f" {'x floor':>14}  reached"
+    ]
     for verdict in verdicts:
         target = verdict.target
         lines.append(
-            f"{f'{target.workload}, B={target.batch}':<32}"
-            f" {f'{_milliseconds(verdict.theirs)} -> {_milliseconds(verdict.ours)}':>20}"
-            f" {_pair(verdict.speed_up, f'>= {target.speed_up:g}'):>14}"
-            f" {_pair(verdict.memory, f'<= {target.memory:g}' if target.memory else ''):>16}"
-            f" {_pair(verdict.times_floor, f'<= {target.floor:g}' if target.floor else ''):>14}"
+            f"{target.case!s:<40}"
+            f" {_shown(None if verdict.theirs.seconds is None else 1e3 * verdict.theirs.seconds):>10}"
+            f" {_pair(verdict.milliseconds, '<=', target.milliseconds):>18}"
+            f" {_pair(verdict.speed_up, '>=', target.speed_up):>14}"
+            f" {_pair(verdict.memory, '<=', target.memory):>16}"
+            f" {_pair(verdict.megabytes, '<=', target.megabytes):>16}"
+            f" {_pair(verdict.floor, '<=', target.floor):>14}"
             f"  {'yes' if verdict.reached else 'no'}"
         )
     return "\n".join(lines)
 
 
-def _milliseconds(outcome: Outcome) -> str:
-    return "-" if outcome.seconds is None else f"{1e3 * outcome.seconds:.4g}"
+def _shown(measured: float | None) -> str:
+    return "-" if measured is None else f"{measured:.4g}"
 
 
-def _pair(measured: float | None, promised: str) -> str:
-    shown = "-" if measured is None else f"{measured:.3g}"
-    return f"{shown} ({promised})" if promised else shown
+def _pair(measured: float | None, relation: str, promised: float | None) -> str:
+    return _shown(measured) if promised is None else f"{_shown(measured)} ({relation} {promised:.3g})"

@@ -19,7 +19,11 @@ from torch import Tensor
 
 SCALE = 20.0
 PREFIXES = (1.0, 2 / 3, 1 / 3, 1 / 6, 1 / 12)  # of 768 numbers: 768, 512, 256, 128, 64
+GUIDE_WIDTH = 384  # a guide is another model, whose embeddings need not be as wide
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+# of inputs (B, D) and classes (M, D): the mean cross-entropy of their products, row i being of class i
+CrossEntropy = Callable[[Tensor, Tensor], Tensor]
 
 
 def _similarities(columns: Sequence[Tensor]) -> Tensor:
@@ -44,6 +48,21 @@ def _both_ways(columns: Sequence[Tensor]) -> Tensor:
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
 
+def _softmax(columns: Sequence[Tensor], cross_entropy: CrossEntropy) -> Tensor:
+    queries, docs = columns[0], torch.cat(list(columns[1:]))
+    return cross_entropy(SCALE * F.normalize(queries, dim=-1), F.normalize(docs, dim=-1))
+
+
+def _softmax_both_ways(columns: Sequence[Tensor], cross_entropy: CrossEntropy) -> Tensor:
+    queries, docs = columns
+    return (_softmax([queries, docs], cross_entropy) + _softmax([docs, queries], cross_entropy)) / 2
+
+
+def _softmax_at_prefixes(columns: Sequence[Tensor], cross_entropy: CrossEntropy) -> Tensor:
+    dims = widths(PREFIXES, columns[0].shape[1])
+    return torch.stack([_softmax([column[:, :dim] for column in columns], cross_entropy) for dim in dims]).sum()
+
+
 @dataclass(frozen=True)
 class Workload:
     """One setting of one loss.
@@ -61,6 +80,7 @@ class Workload:
         prefixes: shares of the embeddings' width at which a MatryoshkaLoss has the loss computed; none: no such loss.
         matrices: how many B x M matrices a materialised form holds at once: a guess, used until it is measured.
         plain: the same loss in a few lines of PyTorch, a function of the columns; None where nobody wrote one.
+        softmax: the same loss by a given cross-entropy of products, for libraries that offer that; None if it is none.
     """
 
     name: str
@@ -75,6 +95,7 @@ class Workload:
     prefixes: Sequence[float] = ()
     matrices: int = 5
     plain: Callable[[Sequence[Tensor]], Tensor] | None = None
+    softmax: Callable[[Sequence[Tensor], CrossEntropy], Tensor] | None = None
 
     def labels(self, columns: Sequence[Tensor]) -> Any:
         """What the loss is given beside the columns, made once: classes in turn (B,), `targets`, or None."""
@@ -87,7 +108,7 @@ class Workload:
         queries, *docs = columns
         if not self.guided:
             return [{"sentence_embedding": own} for own in columns]
-        guide = _guide_embeddings(queries.shape, len(docs), queries.dtype, queries.device)
+        guide = _guide_embeddings(len(queries), len(docs), queries.dtype, queries.device)
         return [
             {"sentence_embedding": own, "guide_embedding": guided} for own, guided in zip(columns, guide, strict=True)
         ]
@@ -99,9 +120,10 @@ def widths(shares: Sequence[float], width: int) -> list[int]:
 
 
 @functools.cache
-def _guide_embeddings(shape: torch.Size, docs: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+def _guide_embeddings(rows: int, docs: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """What a guide makes of the texts: pairs that are alike, so that it rules out a few negatives."""
     generator = torch.Generator(device).manual_seed(1)
+    shape = rows, GUIDE_WIDTH
     queries, *others = (torch.randn(shape, dtype=dtype, device=device, generator=generator) for _ in range(1 + docs))
     return [queries, *(0.1 * queries + noise for noise in others)]
 
@@ -154,7 +176,7 @@ def _generated(columns: Sequence[Tensor], make: Callable[[torch.Generator, Tenso
 WORKLOADS = {
     workload.name: workload
     for workload in (
-        Workload("default", "in-batch negatives", plain=_in_batch),
+        Workload("default", "in-batch negatives", plain=_in_batch, softmax=_softmax),
         Workload(
             "hardness",
             "in-batch negatives, hardness 9",
@@ -173,8 +195,9 @@ WORKLOADS = {
             "both directions, each its softmax",
             options={"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"},
             plain=_both_ways,
+            softmax=_softmax_both_ways,
         ),
-        Workload("hard_negatives", "in-batch and four hard negatives", columns=6, plain=_in_batch),
+        Workload("hard_negatives", "in-batch and four hard negatives", columns=6, plain=_in_batch, softmax=_softmax),
         Workload(
             "batch_all", "all triplets, 8 of each class", "BatchAllTripletLoss", columns=1, per_class=8, matrices=48
         ),
@@ -208,6 +231,7 @@ WORKLOADS = {
             prefixes=PREFIXES,
             matrices=25,
             plain=_at_prefixes,
+            softmax=_softmax_at_prefixes,
         ),
         Workload("gist", "guided in-batch negatives", "GISTEmbedLoss", guided=True, matrices=6),
         Workload(
