@@ -134,9 +134,16 @@ class GradCache(nn.Module):
             )
 
     def forward_cached(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> Tensor:
-        """The loss (0-dim) of a batch, a leaf whose backward embeds again; under `no_grad`, the loss alone."""
+        """The loss (0-dim) of a batch, a leaf whose backward embeds again; under `no_grad`, the loss alone.
+
+        Raises:
+            ShapeError: for a column without rows.
+            InputError: where DistributedDataParallel wraps the loss and not its model, and there are other processes.
+        """
         columns = list(sentence_features)
         recording = torch.is_grad_enabled()
+        if recording:
+            self._refuse_to_be_distributed()
         # all ranges before the first forward: a model that writes to its features must not move them in the second
         ranges = [mini_batch_ranges(x, self.mini_batch_size, self.mini_batch_num_tokens) for x in columns]
         if not all(ranges):
@@ -162,6 +169,19 @@ class GradCache(nn.Module):
         replay = _Replay(self, columns, ranges, random_states, gradients, list(gradients_of_own()), autocast)
         loss.register_hook(replay)
         return loss
+
+    def _refuse_to_be_distributed(self) -> None:
+        """A forward that was called by DistributedDataParallel, not one that calls it, would give wrong gradients.
+
+        That sends gradients off after the first backward of the model, and of all others would know nothing.
+        """
+        ddp = DistributedDataParallel._get_active_ddp_module()
+        if ddp is not None and torch.distributed.get_world_size(ddp.process_group) > 1:
+            raise InputError(
+                f"{type(self).__name__} runs inside a module that DistributedDataParallel wraps, which would average "
+                "the gradients of its first mini-batch alone. Wrap the model and not the loss, as the trainers of "
+                "transformers and sentence-transformers do, or take the loss without the gradient cache."
+            )
 
     def calculate_loss_and_cache_gradients(
         self, reps: Sequence[Sequence[Tensor]], beside: Any = None

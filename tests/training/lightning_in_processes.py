@@ -62,6 +62,7 @@ class Embedder(lightning.LightningModule):
         model = Encoder()
         self.losses = nn.ModuleDict({name: make(model, True) for name, make in MAKERS.items()})
         self.found: dict[str, list[Tensor]] = {}
+        self.refused = ""
 
     def train_dataloader(self) -> Iterable[Any]:
         part = batch().split(PARTS, dim=1)[self.trainer.global_rank]
@@ -69,6 +70,8 @@ class Embedder(lightning.LightningModule):
 
     def training_step(self, batch: tuple[str, list[dict[str, Tensor]]], index: int) -> Tensor:
         name, columns = batch
+        if index == 0:
+            self.refused = refusal(losses.CachedMultipleNegativesRankingLoss(self.losses[name].model), columns)
         value: Tensor = self.losses[name](columns, None)
         self.found[name] = [value.detach()]
         return value
@@ -79,6 +82,15 @@ class Embedder(lightning.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def refusal(loss: nn.Module, columns: list[dict[str, Tensor]]) -> str:
+    """What the loss says where it cannot run."""
+    try:
+        loss(columns, None)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def joint(make: Callable[[nn.Module, bool | str], nn.Module]) -> list[Tensor]:
@@ -96,7 +108,7 @@ def main(folder: Path) -> None:
     )  # fmt: skip
     trainer.fit(embedder)
     expected = {name: joint(make) for name, make in MAKERS.items()}
-    torch.save((trainer.world_size, embedder.found, expected), folder / f"{trainer.global_rank}.pt")
+    torch.save((trainer.world_size, embedder.found, expected, embedder.refused), folder / f"{trainer.global_rank}.pt")
 
 
 if __name__ == "__main__":

@@ -67,6 +67,7 @@ def test_lightning_gives_every_process_the_gradients_of_the_joint_batch(tmp_path
     launch([sys.executable, "-P", LIGHTNING_SCRIPT, tmp_path], tmp_path / "output")
     (processes, *of_first), (_, *of_second) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert processes == 2
+    assert "Wrap the model and not the loss" in of_first[2], "a cached loss, whose gradients would be wrong"
     for name, (value, *gradients) in of_first[1].items():
         first, second = of_first[0][name], of_second[0][name]
         torch.testing.assert_close((first[0] + second[0]) / 2, value, rtol=1e-12, atol=0.0)
