@@ -87,9 +87,16 @@ class Passes(Rows):
     ) -> tuple[Tensor, Tensor | None]:
         """The normaliser of each row (R,), and of each twin column (T,) where the tile has twins."""
         self._mask(tile, block)
-        twins = logsumexp_(self._twin_logits(tile, block), dim=0) if tile.has_twins else None
+        twins = None
+        if tile.has_twins:
+            logits = self._twin_logits(tile, block)
+            first = max(tile.start, tile.twins[0]) - tile.twins[0]
+            twins = _logsumexp_beside(self._twin_positives(tile, logits), first, logits, dim=0)
         self._to_logits(tile, block)
-        return logsumexp_(block, dim=1), twins
+        if tile.direction != "query_to_doc":
+            return logsumexp_(block, dim=1), twins
+        rows, own = next(self._own(tile, block))
+        return _logsumexp_beside(own, rows.start - tile.start, block, dim=1), twins
 
     def fused_normalisers(
         self,
@@ -149,11 +156,14 @@ class Passes(Rows):
     def _twin_logits(self, tile: Tile, block: Tensor) -> Tensor:  # (R, T)
         """The logits of the twins in a block of masked similarities, each relative to the positive of its column."""
         logits = (block[:, tile.twin_columns] - self.positive[tile.twin_rows]).mul_(self.problem.scale)
-        if tile.direction == "query_to_doc":
-            own = logits.diagonal(tile.start - tile.twins[0])
-            first = max(tile.start, tile.twins[0])
-            own.copy_(self._own_logits(slice(first, first + len(own))))
+        own = self._twin_positives(tile, logits)
+        first = max(tile.start, tile.twins[0])
+        own.copy_(self._own_logits(slice(first, first + len(own))))
         return logits
+
+    def _twin_positives(self, tile: Tile, logits: Tensor) -> Tensor:
+        """As `_positives` in the logits of the twins; none but in query_to_doc."""
+        return logits.diagonal(tile.start - tile.twins[0]) if tile.direction == "query_to_doc" else logits[0, :0]
 
     def _positives(self, tile: Tile, block: Tensor) -> Tensor:
         """The diagonal of the rows' positives, or as much of it as lies in the block."""
@@ -197,6 +207,21 @@ class Passes(Rows):
             excluded = given.clone() if excluded is None else excluded.logical_or_(given)
             self._positives(tile, excluded).fill_(False)
         return excluded
+
+
+def _logsumexp_beside(
+    own: Tensor,  # (N,): the positives' entries of the block, of N rows or columns
+    first: int,  # of these rows or columns
+    block: Tensor,  # (R, C)
+    dim: int,
+) -> Tensor:
+    """As `logsumexp_`, but adds the positives last: one sum of all would round away what is left beside them."""
+    positives = own.clone()
+    own.fill_(NEG_INF)
+    found = logsumexp_(block, dim)
+    place = slice(first, first + len(positives))
+    found[place] = torch.logaddexp(found[place], positives)
+    return found
 
 
 def logsumexp_(block: Tensor, dim: int) -> Tensor:
