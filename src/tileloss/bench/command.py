@@ -61,14 +61,21 @@ def _targets_plan() -> Plan:
     return Plan("targets", cases, [TILELOSS, SENTENCE_TRANSFORMERS], targets=TARGETS)
 
 
+def _promised_here() -> list[Target]:
+    """The targets of a GPU, on the kind of device that is here."""
+    return [replace(target, device=_accelerator() or target.device) for target in GPU_TARGETS]
+
+
 def _gpu_targets_plan() -> Plan:
-    cases = [target.case for target in GPU_TARGETS]
-    return Plan("gpu-targets", cases, [TILELOSS, SENTENCE_TRANSFORMERS], 3, 4.2, GPU_TARGETS)
+    promised = _promised_here()
+    cases = [target.case for target in promised]
+    return Plan("gpu-targets", cases, [TILELOSS, SENTENCE_TRANSFORMERS], 3, 4.2, promised)
 
 
 def _gpu_plan() -> Plan:
     """The most telling cases first: every loss at one size, one loss over all sizes, small batches, then the rest."""
-    device = GPU_TARGETS[0].device
+    promised = _promised_here()
+    device = promised[0].device
     at_32k = [Case(work, 32_768, 768, dtype, device) for dtype in ("bfloat16", "float32") for work in _WORK_ON_A_GPU]
     over_sizes = [Case("default", batch, 768, "bfloat16", device) for batch in _doubling(512, 131_072)]
     grid = product(_WORK_ON_A_GPU, _doubling(512, 1_048_576), _WIDTHS_ON_A_GPU, ("bfloat16", "float32"))
@@ -76,11 +83,11 @@ def _gpu_plan() -> Plan:
     ordered = (
         *at_32k[: len(_WORK_ON_A_GPU) + 1],
         *over_sizes,
-        *(target.case for target in GPU_TARGETS),
+        *(target.case for target in promised),
         *at_32k,
         *rest,
     )
-    return Plan("gpu", list(dict.fromkeys(ordered)), _ON_A_GPU, 3, 4.2, GPU_TARGETS)
+    return Plan("gpu", list(dict.fromkeys(ordered)), _ON_A_GPU, 3, 4.2, promised)
 
 
 PRESETS = {"targets": _targets_plan, "gpu-targets": _gpu_targets_plan, "gpu": _gpu_plan}
@@ -141,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
 def _chosen(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Plan:
     """The plan that the options ask for; leaves with a message if they contradict each other or the machine."""
     if options.check and not options.preset:
-        parser.error("--check judges the targets: give it together with --preset targets")
+        parser.error("--check judges the targets: give it together with --preset targets or a GPU's")
     if options.preset:
         given = [
             name for name in ("workload", "batch", "width", "dtype", "contestant", "device") if vars(options)[name]

@@ -73,7 +73,7 @@ class Passes(Rows):
             self._mask(tile, similarities)
             self._to_logits(tile, similarities)
         if not gradients:
-            return logsumexp_(block, dim=1), ()
+            return _logsumexp_with_own_(block, 1, tiles[0].start, tiles[0].rows, first), ()
         peak = block.amax(dim=1)
         torch.softmax(block, dim=1, out=block)
         normaliser = peak - block.amax(dim=1).log_()  # the largest probability is 1 / (the sum of exp(logit - peak))
@@ -90,13 +90,11 @@ class Passes(Rows):
         twins = None
         if tile.has_twins:
             logits = self._twin_logits(tile, block)
-            first = max(tile.start, tile.twins[0]) - tile.twins[0]
-            twins = _logsumexp_beside(self._twin_positives(tile, logits), first, logits, dim=0)
+            twins = _logsumexp_with_own_(logits, 0, tile.twins[0], *self._twin_own(tile, logits))
         self._to_logits(tile, block)
         if tile.direction != "query_to_doc":
             return logsumexp_(block, dim=1), twins
-        rows, own = next(self._own(tile, block))
-        return _logsumexp_beside(own, rows.start - tile.start, block, dim=1), twins
+        return _logsumexp_with_own_(block, 1, tile.start, *next(self._own(tile, block))), twins
 
     def fused_normalisers(
         self,
@@ -156,14 +154,15 @@ class Passes(Rows):
     def _twin_logits(self, tile: Tile, block: Tensor) -> Tensor:  # (R, T)
         """The logits of the twins in a block of masked similarities, each relative to the positive of its column."""
         logits = (block[:, tile.twin_columns] - self.positive[tile.twin_rows]).mul_(self.problem.scale)
-        own = self._twin_positives(tile, logits)
-        first = max(tile.start, tile.twins[0])
-        own.copy_(self._own_logits(slice(first, first + len(own))))
+        rows, own = self._twin_own(tile, logits)
+        own.copy_(self._own_logits(rows))
         return logits
 
-    def _twin_positives(self, tile: Tile, logits: Tensor) -> Tensor:
-        """As `_positives` in the logits of the twins; none but in query_to_doc."""
-        return logits.diagonal(tile.start - tile.twins[0]) if tile.direction == "query_to_doc" else logits[0, :0]
+    def _twin_own(self, tile: Tile, logits: Tensor) -> tuple[slice, Tensor]:
+        """As `_own`, in the logits of the twins; only in query_to_doc are any of them positives."""
+        own = logits.diagonal(tile.start - tile.twins[0]) if tile.direction == "query_to_doc" else logits[0, :0]
+        start = max(tile.start, tile.twins[0])
+        return slice(start, start + len(own)), own
 
     def _positives(self, tile: Tile, block: Tensor) -> Tensor:
         """The diagonal of the rows' positives, or as much of it as lies in the block."""
@@ -209,23 +208,24 @@ class Passes(Rows):
         return excluded
 
 
-def _logsumexp_beside(
-    own: Tensor,  # (N,): the positives' entries of the block, of N rows or columns
-    first: int,  # of these rows or columns
-    block: Tensor,  # (R, C)
-    dim: int,
-) -> Tensor:
-    """As `logsumexp_`, but adds the positives last: one sum of all would round away what is left beside them."""
-    positives = own.clone()
-    own.fill_(NEG_INF)
-    found = logsumexp_(block, dim)
-    place = slice(first, first + len(positives))
-    found[place] = torch.logaddexp(found[place], positives)
-    return found
-
-
 def logsumexp_(block: Tensor, dim: int) -> Tensor:
     """Log-sum-exp along `dim`, overwriting the block; minus infinity where every entry is."""
     peak = block.amax(dim=dim, keepdim=True)
     peak = torch.where(peak == NEG_INF, 0.0, peak)
     return block.sub_(peak).exp_().sum(dim=dim).log_().add_(peak.squeeze(dim))
+
+
+def _logsumexp_with_own_(
+    block: Tensor,  # (R, C)
+    dim: int,
+    start: int,  # row of the loss that the block begins with, across `dim`
+    rows: slice,  # of the loss, that meet their positive in the block
+    own: Tensor,  # where they do: a view of the block
+) -> Tensor:
+    """As `logsumexp_`, with the positives added last: of those that have won, the sum would keep nothing else."""
+    positives = own.clone()
+    own.fill_(NEG_INF)
+    found = logsumexp_(block, dim)
+    place = slice(rows.start - start, rows.stop - start)
+    found[place] = torch.logaddexp(found[place], positives)
+    return found
