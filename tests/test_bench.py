@@ -69,6 +69,24 @@ def test_the_cpu_peak_gives_no_credit_for_what_was_freed_from_before() -> None:
     assert cpu_peak(step) == 3 * MIB
 
 
+def test_the_cpu_peak_takes_no_older_block_for_one_that_an_earlier_profile_saw() -> None:
+    """Memory of an earlier profile is freed unseen, and its address given to what a later one sees the end of."""
+    for _ in range(200):
+        kept: list[torch.Tensor] = []
+        cpu_peak(lambda kept=kept: kept.append(torch.empty(4 * MIB, dtype=torch.uint8)))
+        seen = kept.pop().data_ptr()
+        older = [torch.empty(4 * MIB, dtype=torch.uint8) for _ in range(3)]
+        came_back = seen in [block.data_ptr() for block in older]
+
+        def step(older: list[torch.Tensor] = older) -> None:
+            older.clear()
+            torch.empty(3 * MIB, dtype=torch.uint8)
+
+        assert cpu_peak(step) == 3 * MIB
+        if came_back:
+            break
+
+
 def test_resident_peak_sees_what_torch_does_not() -> None:
     rose = resident_peak(lambda: bytearray(64 * MIB) and None)
     if rose is None:

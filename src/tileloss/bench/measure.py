@@ -19,14 +19,15 @@ import multiprocessing
 import os
 import time
 import timeit
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch._C._profiler import _EventType
 from torch.autograd.profiler import profile
 from torch.utils.benchmark import timer as drained_clock
 
@@ -97,12 +98,28 @@ def cpu_peak(step: Step) -> int:
     with profile(profile_memory=True) as recorded:
         step()
     assert recorded.kineto_results is not None
-    events = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
+    own: set[int] = set()
+    events = _allocations(recorded.kineto_results.experimental_event_tree())
+    for event in sorted(events, key=lambda event: event.start_time_ns):
+        address, size = event.extra_fields.ptr, event.extra_fields.alloc_size
+        if size > 0:
+            own.add(address)
+        elif address in own:
+            own.remove(address)
+        else:  # from before, at an address where an earlier profile saw an allocation and nobody the end of it
+            continue
+        held += size
         peak = max(peak, held)
     return peak
+
+
+def _allocations(events: Iterable[Any]) -> Iterator[Any]:
+    """What a profile recorded of the CPU's allocator, at any depth of its tree: allocations, and frees below zero."""
+    for event in events:
+        if event.tag == _EventType.Allocation and event.extra_fields.device.type == "cpu":
+            yield event
+        yield from _allocations(event.children)
 
 
 def accelerator_peak(step: Step) -> int:
