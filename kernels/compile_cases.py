@@ -126,6 +126,8 @@ def call_contrastive_passes(feature: Feature, dtype: torch.dtype) -> None:
     block = torch.empty(SIZE, sum(tile.width for tile in tiles), device="meta")
     for gradients in (True, False):
         passes.softmax_gradient(tiles, block, gradients)
+    if dtype == torch.float32:
+        passes.halves(block)
     if feature.guide is not None:  # which goes with rows at hand alone
         return
     for direction, columns in feature.matrices:

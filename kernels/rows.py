@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tileloss.kernels import unit_rows
+from tileloss.kernels import halves, unit_rows
 from tileloss.similarity import NORM_FLOOR
 from tileloss.tiled.rows import Rows
 
@@ -19,3 +19,14 @@ class TritonRows(Rows):
         self, dx: Tensor, x: Tensor, norms: Tensor, factor: float | Tensor, floor: float = NORM_FLOOR
     ) -> Tensor:
         return unit_rows.unit_rows_backward(dx, x, norms, factor, floor)
+
+    def halves(self, x: Tensor) -> Tensor:
+        return halves.halves(x)
+
+
+class GuideRows(TritonRows):
+    """How a guide's rows are read: as exact as float32, whatever their dtype."""
+
+    def __init__(self, queries: Tensor, docs: Tensor) -> None:
+        super().__init__(queries, docs)
+        self.in_halves = halves.pays(len(queries), len(docs), queries.shape[1], queries.device)

@@ -43,7 +43,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> int:
     rows = 7
     blocks = importlib.import_module("tileloss.tiled.blocks")
     monkeypatch.setitem(blocks.BLOCK_BYTES, "cpu", 1)
-    monkeypatch.setattr(blocks, "MIN_ROWS", rows)
+    monkeypatch.setitem(blocks.MIN_ROWS, "cpu", rows)
     return rows
 
 

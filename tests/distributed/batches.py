@@ -87,7 +87,7 @@ def small_pieces(chunk_rows: int = 3, block_rows: int = 4, block_bytes: int = 1,
         patch.setitem(ring.CHUNK_ROWS, "cpu", chunk_rows)
         patch.setitem(ring.BLOCK_ROWS, "cpu", block_rows)
         patch.setitem(blocks.BLOCK_BYTES, "cpu", block_bytes)
-        patch.setattr(blocks, "MIN_ROWS", min_rows)
+        patch.setitem(blocks.MIN_ROWS, "cpu", min_rows)
         yield
 
 

@@ -166,7 +166,7 @@ def peak_bytes(size: int, backend: str, **options: Any) -> int:
 def test_peak_is_bounded_by_blocks(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = importlib.import_module("tileloss.tiled.blocks")
     monkeypatch.setitem(blocks.BLOCK_BYTES, "cpu", BLOCK)
-    monkeypatch.setattr(blocks, "MIN_ROWS", 4)
+    monkeypatch.setitem(blocks.MIN_ROWS, "cpu", 4)
     monkeypatch.setattr(importlib.import_module("tileloss.tiled.matryoshka"), "_PART_BYTES", BLOCK // 8)
     small, large = (peak_bytes(size, "tiled", **options) for size in (1024, 2048))
     assert large < 2 * BLOCK + 26 * 2048 * 8 * 4

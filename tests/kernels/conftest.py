@@ -42,6 +42,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     blocks = importlib.import_module("tileloss.tiled.blocks")
     for kind in ("cpu", "cuda"):
         monkeypatch.setitem(blocks.BLOCK_BYTES, kind, 1)
+        monkeypatch.setitem(blocks.MIN_ROWS, kind, 64)
     unit_rows = importlib.import_module("tileloss.kernels.unit_rows")
     monkeypatch.setattr(unit_rows, "_WIDEST_BLOCK", 128)
     normalisers = importlib.import_module("tileloss.kernels.normalisers")

@@ -43,7 +43,7 @@ _BLOCKS = [
     ("pair_classifier", "_BLOCK_BYTES", 256),
     ("pairs", "_BLOCK_BYTES", 256),
     ("prefix_cosines", "_PART_BYTES", 256),
-    ("similarity", "_PAIRED_ROWS", 7),
+    ("similarity", "PAIRED_ROWS", 7),
     ("similarity", "_PAIRED_BLOCK", 3),
     ("chosen_pairs", "_ROWS_AT_ONCE", 7),
 ]

@@ -147,7 +147,7 @@ def test_the_size_of_a_block_changes_nothing(similarity: str | SimilarityFn, mon
     whole = tiled.contrastive_loss(queries, docs, 3.0, spec, None, None, ALL)
     monkeypatch.setitem(blocks.BLOCK_BYTES, "cpu", 1)
     for rows in (1, 2, 22, 23):
-        monkeypatch.setattr(blocks, "MIN_ROWS", rows)
+        monkeypatch.setitem(blocks.MIN_ROWS, "cpu", rows)
         parts = tiled.contrastive_loss(queries, docs, 3.0, spec, None, None, ALL)
         for found, expected in zip(parts, whole, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)

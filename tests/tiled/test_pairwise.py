@@ -18,7 +18,7 @@ def test_the_size_of_blocks_changes_nothing(metric: str, within: bool, monkeypat
     found = []
     for rows in (64, 7, 1):
         monkeypatch.setitem(blocks.BLOCK_BYTES, "cpu", 1)
-        monkeypatch.setattr(blocks, "MIN_ROWS", rows)
+        monkeypatch.setitem(blocks.MIN_ROWS, "cpu", rows)
         matrix = pairwise_matrix(a, b, metric, True)
         found.append([matrix, *pairwise_matrix_backward(grad, a, b, matrix, metric, True, (True, b is not None))])
     for other in found[1:]:

@@ -17,7 +17,7 @@ from tileloss.functional.checks import check_rows
 from tileloss.functional.dispersion_op import gram_dispersion
 from tileloss.reference.dispersion import dispersion as definition
 from tileloss.similarity import SimilarityFn, full_precision, recognise
-from tileloss.tiled.similarity import BLOCK_SIMILARITIES
+from tileloss.tiled.block_similarity import BLOCK_SIMILARITIES
 
 
 class Dispersion(NamedTuple):

@@ -17,7 +17,7 @@ from tileloss.functional.checks import check_queries_and_docs
 from tileloss.functional.hardest_op import block_hardest
 from tileloss.reference.hardest import hardest_negatives as definition
 from tileloss.similarity import SimilarityFn, full_precision, recognise
-from tileloss.tiled.similarity import BLOCK_SIMILARITIES
+from tileloss.tiled.block_similarity import BLOCK_SIMILARITIES
 
 # of a similarity, against one whose gradient is multiplied back: without those GEMMs, blocks pay from 128 x 128 on a
 # CPU, where contrastive losses wait for 256 x 256

@@ -82,12 +82,15 @@ def _matryoshka(
 def _shares_products(queries: Tensor, docs: Tensor, backend: str) -> bool:
     """Whether the widths had better share their products, at the price of a block for each width.
 
-    On tensor cores a GEMM costs less than the traffic of those blocks. Elsewhere GEMMs are what takes the time.
+    On tensor cores a GEMM costs less than the traffic of those blocks, also of float32 in halves. Elsewhere GEMMs are
+    what takes the time.
     """
     if backend != "triton":
         return True
-    exact = torch.get_float32_matmul_precision() == "highest"
-    return exact and queries.dtype == docs.dtype == torch.float32
+    from tileloss.kernels import halves
+
+    exact = torch.get_float32_matmul_precision() == "highest" and queries.dtype == docs.dtype == torch.float32
+    return exact and not halves.pays(len(queries), len(docs), queries.shape[1], queries.device)
 
 
 def _prefix_passes(backend: str) -> PrefixPasses:

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from tileloss.similarity import full_precision
 from tileloss.tiled import blocks
+from tileloss.tiled.block_similarity import block_similarity
 from tileloss.tiled.matmul import accumulate, multiply
 from tileloss.tiled.rows import Rows
-from tileloss.tiled.similarity import Dot, block_similarity
+from tileloss.tiled.similarity import Dot
 
 # bytes of rows that are prepared at a time on a CPU: they are read again at once, and had better be in its cache
 _PREPARED_BYTES = 1 << 20
@@ -108,7 +109,7 @@ def _step(embeddings: Tensor, measure: Dot) -> int:
     size, width = embeddings.shape
     if embeddings.device.type != "cpu":
         return blocks.rows_per_block(size, width, measure.rows.dtype, embeddings.device)
-    return max(_PREPARED_BYTES // (width * measure.rows.dtype.itemsize), blocks.MIN_ROWS)
+    return max(_PREPARED_BYTES // (width * measure.rows.dtype.itemsize), blocks.MIN_ROWS["cpu"])
 
 
 def _square(x: Tensor) -> Tensor:

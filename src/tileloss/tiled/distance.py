@@ -97,11 +97,19 @@ class SquaredEuclideanDistance:
     ) -> None:
         """Add the gradients of the prepared rows; a side that needs none is None and costs nothing."""
         self.product.pull(slopes, left, right, None, d_left, d_right)
-        # a squared norm's gradient is minus half the sum of its products' gradients, and 2 x that of its row
         if d_left is not None:
-            d_left.addcmul_(left, slopes.sum(dim=1, dtype=d_left.dtype)[:, None], value=-1)
+            self.pull_norms(slopes.sum(dim=1, dtype=d_left.dtype), left, d_left)
         if d_right is not None:
-            d_right.addcmul_(right, slopes.sum(dim=0, dtype=d_right.dtype)[:, None], value=-1)
+            self.pull_norms(slopes.sum(dim=0, dtype=d_right.dtype), right, d_right)
+
+    def pull_norms(
+        self,
+        sums: Tensor,  # (N,) of the slopes of each row
+        x: Tensor,  # (N, D) prepared
+        dx: Tensor,  # (N, D): is added to
+    ) -> None:
+        """Add what the squared norms answer for: minus half the sum is a norm's gradient, and 2 x that of its row."""
+        dx.addcmul_(x, sums[:, None], value=-1)
 
     def finish(
         self,

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from tileloss.guide import Guide, thresholds
+from tileloss.tiled.block_similarity import block_similarity
 from tileloss.tiled.rows import Rows
-from tileloss.tiled.similarity import TorchCosine
 from tileloss.tiled.tile import Tile
 
 
@@ -28,7 +28,7 @@ class GuideBlocks:
         first: int = 0,
         rows_class: type[Rows] = Rows,
     ) -> None:
-        cosine = TorchCosine(rows_class(guide.queries, guide.docs))
+        cosine = block_similarity("torch_cosine", rows_class(guide.queries, guide.docs))
         self.cosine, self.dtype = cosine, cosine.rows.dtype
         self.queries, _ = cosine.prepare(guide.queries)
         self.docs, _ = cosine.prepare(guide.docs)

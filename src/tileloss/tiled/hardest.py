@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from tileloss.similarity import full_precision
+from tileloss.tiled.block_similarity import block_similarity
 from tileloss.tiled.blocks import rows_per_block
 from tileloss.tiled.chosen_pairs import pull_pairs
 from tileloss.tiled.rows import Rows
-from tileloss.tiled.similarity import block_similarity
 
 
 class HardestPasses(Rows):

@@ -34,9 +34,10 @@ def accumulate(
     total: Tensor,  # (N, M)
     a: Tensor,  # (N, K)
     b: Tensor,  # (K, M)
+    factor: float = 1.0,
 ) -> Tensor:
-    """`total += a @ b`, summed in the dtype of `total`."""
-    if onednn.serves(total, a, b):
+    """`total += factor * a @ b`, summed in the dtype of `total`."""
+    if factor == 1.0 and onednn.serves(total, a, b):
         if a.stride(0) == 1:
             return onednn.accumulate_transposed(total, a.t(), b)
         if b.is_contiguous():
@@ -44,7 +45,7 @@ def accumulate(
         if b.t().is_contiguous():
             return onednn.accumulate_by_columns(total, a, b.t())
     if a.dtype == b.dtype == total.dtype:
-        return total.addmm_(a, b)
+        return total.addmm_(a, b, alpha=factor)
     if a.device.type in _WIDE_RESULT_DEVICES and a.dtype == b.dtype:
-        return torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    return total.addmm_(a.to(total.dtype), b.to(total.dtype))
+        return torch.addmm(total, a, b, alpha=factor, out_dtype=total.dtype, out=total)
+    return total.addmm_(a.to(total.dtype), b.to(total.dtype), alpha=factor)

@@ -268,7 +268,7 @@ class _Walk:
     def _rows_per_block(self, columns: int) -> int:
         fitting = blocks.rows_per_block(self.problem.size, self.blocks_held * columns, self.dtype, self.weights.device)
         # a GEMM of fewer rows is slow, and so is one that adds them to a whole gradient
-        return min(max(fitting, 4 * blocks.MIN_ROWS), self.problem.size)
+        return min(max(fitting, 4 * blocks.MIN_ROWS["cpu"]), self.problem.size)
 
     def _buffers(self) -> list[Tensor]:
         """The products and the blocks of every width, of the largest group's size."""

@@ -46,6 +46,7 @@ class Passes(Rows):
 
     gradient_unit = 1.0  # the passes return the logits' gradients times this
     blocks_held = 2  # at once, of a block with twins: both are exponentiated
+    guide_rows: type[Rows] = Rows
 
     def __init__(self, problem: Problem, queries: Tensor, docs: Tensor) -> None:
         super().__init__(queries, docs)
@@ -57,7 +58,7 @@ class Passes(Rows):
         self.positive = torch.empty(problem.size, dtype=self.dtype, device=queries.device)
         self.hardest = torch.full_like(self.positive, NEG_INF)
         guide = problem.guide
-        self.guided = GuideBlocks(guide, problem.size, problem.first) if guide is not None else None
+        self.guided = GuideBlocks(guide, problem.size, problem.first, self.guide_rows) if guide is not None else None
 
     def softmax_gradient(
         self,

@@ -65,14 +65,14 @@ class RingWalk(Walk):
         first: int,
     ) -> Iterator[Matrix]:
         """The matrices of one column of rows: chunk by chunk, and each chunk from one owner after the other."""
-        part, width = self.part, rows.shape[1]
+        part = self.part
         for start in range(0, max(part.sizes), self.chunk_rows):
             counts = [min(max(size - start, 0), self.chunk_rows) for size in part.sizes]
             own = slice(start, start + counts[part.rank])
-            here, room = rows[own], rows.new_empty(2, max(counts), width)
+            here, room = rows[own], rows.new_empty(2, max(counts), rows.shape[1])
             sums, sums_room, arrival = None, None, no_wait
             if d_rows is not None:
-                sums_room = d_rows.new_empty(2, max(counts), width)
+                sums_room = d_rows.new_empty(2, max(counts), d_rows.shape[1])
                 sums = sums_room[0, : len(here)].zero_()
             for step in range(part.processes):
                 upcoming = counts[part.rank - step - 1]

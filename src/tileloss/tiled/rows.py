@@ -16,7 +16,10 @@ class Rows:
     Attributes:
         dtype: of sums, maxima, similarities and the gradients of shared rows.
         operand_dtype: of the rows that GEMMs read.
+        in_halves: whether cosines of float32 rows are multiplied as `tileloss.tiled.halves` does it.
     """
+
+    in_halves = False
 
     def __init__(self, *inputs: Tensor) -> None:
         self.dtype = functools.reduce(torch.promote_types, (up_dtype(x.dtype) for x in inputs))
@@ -45,3 +48,10 @@ class Rows:
         along = torch.einsum("nd,nd->n", dx, x)[:, None]
         along = torch.where(norms < floor, 0.0, along)  # below the floor the norm is a constant
         return dx.addcmul_(x, along, value=-1).mul_(factor / norms.clamp_min(floor))
+
+    def halves(
+        self,
+        x: Tensor,  # (R, C) float32
+    ) -> Tensor:  # (2, R, C) float16
+        """The nearest float16, and what that leaves times `tileloss.tiled.halves.LOW_SCALE`."""
+        raise NotImplementedError("only rows that are multiplied in halves are asked for them")

@@ -18,7 +18,7 @@ from tileloss.tiled.matmul import accumulate, multiply
 from tileloss.tiled.rows import Rows
 
 # rows at a time when only pairs are wanted: enough for a product a row, few for a block of which the diagonal is kept
-_PAIRED_ROWS, _PAIRED_BLOCK = 4096, 64
+PAIRED_ROWS, _PAIRED_BLOCK = 4096, 64
 
 
 class Dot:
@@ -27,6 +27,7 @@ class Dot:
     is_product = True  # similarities are products of the prepared rows, so a GEMM's epilogue can see them
     symmetric = True
     degree = 2
+    blocks_held = 1  # of similarities at once, the gradients in their place included
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
@@ -37,6 +38,20 @@ class Dot:
     ) -> tuple[Tensor, Tensor | None]:
         """The rows as the GEMMs read them, (N, D) contiguous, and what `finish` needs to know of them."""
         return x.to(self.rows.operand_dtype).contiguous(), None
+
+    def values(
+        self,
+        x: Tensor,  # (N, D) prepared
+    ) -> Tensor:  # (N, D)
+        """The numbers that prepared rows stand for."""
+        return x
+
+    def left_operand(
+        self,
+        x: Tensor,  # (N, D) prepared
+    ) -> Tensor:
+        """What a GEMM multiplies with prepared rows on its right."""
+        return x
 
     def fill(
         self,
@@ -53,7 +68,7 @@ class Dot:
         y: Tensor,  # (N, D)
     ) -> Tensor:  # (N,)
         """The similarity of each row with its counterpart."""
-        pairs = zip(x.split(_PAIRED_ROWS), y.split(_PAIRED_ROWS), strict=True)
+        pairs = zip(x.split(PAIRED_ROWS), y.split(PAIRED_ROWS), strict=True)
         return torch.cat([(a.to(self.rows.dtype) * b.to(self.rows.dtype)).sum(dim=1) for a, b in pairs])
 
     def pull(
@@ -191,19 +206,3 @@ class RowwiseCallable(_NoProduct):
         for total, gradient in zip((dx, dy), gradients, strict=True):
             if total is not None:
                 total.add_(gradient)
-
-
-BLOCK_SIMILARITIES: dict[str, type[Dot]] = {
-    "cosine": Cosine,
-    "torch_cosine": TorchCosine,
-    "dot": Dot,
-    "euclidean": Euclidean,
-    "manhattan": Manhattan,
-}
-
-
-def block_similarity(similarity: str | SimilarityFn, rows: Rows) -> Dot:
-    """The block form of a similarity: by its name, or around a row-wise callable."""
-    if not isinstance(similarity, str):
-        return RowwiseCallable(rows, similarity)
-    return BLOCK_SIMILARITIES[similarity](rows)

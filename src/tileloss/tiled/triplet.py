@@ -69,13 +69,20 @@ def _dense(miner: Mining, prepared: PreparedRows, mining: str, gradients: bool) 
     """The gradient of the prepared rows for a sum over the terms, and their number; slopes everywhere."""
     rows, _, squares = prepared
     d_rows = torch.zeros(rows.shape, dtype=miner.dtype, device=rows.device) if gradients else None
+    # of each row's slopes on either side: carried back once, since every block would go through the whole gradient
+    sums = None if squares is None else torch.zeros_like(squares)
     mine = miner.all_triplets if mining == "all" else miner.semi_hard
     for start, block in _blocks(miner, rows):
         here = slice(start, start + len(block))
         miner.distance.products(rows[here], rows, block)
         slopes = mine(start, block, None if squares is None else squares[here], squares, gradients)
         if slopes is not None and d_rows is not None:
-            miner.distance.pull(slopes, rows[here], rows, d_rows[here], d_rows)
+            miner.distance.product.pull(slopes, rows[here], rows, None, d_rows[here], d_rows)
+            if sums is not None:
+                sums[here] += slopes.sum(dim=1, dtype=sums.dtype)
+                sums += slopes.sum(dim=0, dtype=sums.dtype)
+    if sums is not None and d_rows is not None:
+        miner.distance.pull_norms(sums, rows, d_rows)
     count = miner.problem.classes.count
     terms = (count - 1) * (miner.problem.size - count) if mining == "all" else count - 1
     return d_rows, terms.sum()

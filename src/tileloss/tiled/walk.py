@@ -14,10 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tileloss.tiled.block_similarity import block_similarity
 from tileloss.tiled.blocks import rows_per_block
 from tileloss.tiled.part import Part
 from tileloss.tiled.passes import NEG_INF, Passes
-from tileloss.tiled.similarity import RowwiseCallable, block_similarity
+from tileloss.tiled.similarity import RowwiseCallable
 from tileloss.tiled.tile import Tile
 
 
@@ -135,7 +136,8 @@ class Walk:
         """Blocks of rows of all directions at once: softmax, gradient of the logits, gradients of both sides."""
         matrices = list(self._matrices())
         columns = [len(matrix.right) for matrix in matrices]
-        rows = self._rows_per_block(sum(columns) * (1 if self.problem.guide is None else 2))
+        held = self.similarity.blocks_held + (self.problem.guide is not None)
+        rows = self._rows_per_block(sum(columns) * held)
         buffer = self._buffer(rows * sum(columns))
         normaliser = torch.empty_like(self.passes.positive)
         for start, stop in self._row_blocks(rows):
@@ -174,7 +176,8 @@ class Walk:
     def _normalisers(self, matrix: Matrix) -> Iterator[tuple[Tile, Tensor, Tensor | None]]:
         if self.similarity.is_product and self.part.is_whole:
             tile = Tile(matrix.direction, 0, self.problem.size, 0, matrix.last, twins=(0, self.problem.size))
-            found = self.passes.fused_normalisers(tile, matrix.left, matrix.right)
+            left = self.similarity.left_operand(matrix.left)
+            found = self.passes.fused_normalisers(tile, left, matrix.right)
             if found is not None:
                 yield tile, *found
                 return
@@ -200,7 +203,7 @@ class Walk:
         has_twins = direction == "query_to_doc" and self._has("doc_to_query") and matrix.first < size
         twins = (matrix.first, min(matrix.last, size)) if has_twins else (0, 0)
         buffer = self.shared_buffer
-        for start, stop in self._row_blocks(self._rows_per_block(self.passes.blocks_held * len(matrix.right))):
+        for start, stop in self._row_blocks(self._rows_per_block(self._blocks_held * len(matrix.right))):
             if self.triangular and direction != "query_to_doc":
                 tile = Tile(direction, start, stop, start, matrix.last, twins=(stop, size))
             else:
@@ -234,10 +237,14 @@ class Walk:
         """What is left to do with a block's gradient of the prepared queries when no other block adds to it."""
         left = self.left[rows]
         if self.needs.scale:
-            self.left_products = self.left_products + sum_of_products(d_left, left)
+            self.left_products = self.left_products + sum_of_products(d_left, self.similarity.values(left))
         if self.d_queries is not None:
             saved = self.left_saved[rows] if self.left_saved is not None else None
             self.d_queries[rows] = self.similarity.finish(d_left, left, saved, self._factor())
+
+    @property
+    def _blocks_held(self) -> int:
+        return max(self.passes.blocks_held, self.similarity.blocks_held)
 
     def _rows_per_block(self, columns: int) -> int:
         return rows_per_block(self.part.count, columns, self.passes.dtype, self.queries.device)
@@ -246,7 +253,7 @@ class Walk:
     def shared_buffer(self) -> Tensor:
         """Room for a block of any matrix: one for all, because the last block of a matrix lives on into the next."""
         columns = [len(matrix.right) for matrix in self._matrices()]
-        return self._buffer(max(self._rows_per_block(self.passes.blocks_held * count) * count for count in columns))
+        return self._buffer(max(self._rows_per_block(self._blocks_held * count) * count for count in columns))
 
     def _buffer(self, entries: int) -> Tensor:
         return torch.empty(entries, dtype=self.passes.dtype, device=self.queries.device)
@@ -279,9 +286,9 @@ class Walk:
         if isinstance(self.similarity, RowwiseCallable):
             return torch.as_tensor(self.similarity.scale_gradient)
         assert self.d_right is not None
-        products = sum_of_products(self.d_right, self.right) + self.left_products
+        products = sum_of_products(self.d_right, self.similarity.values(self.right)) + self.left_products
         if self.d_left is not None:
-            products = products + sum_of_products(self.d_left, self.left)
+            products = products + sum_of_products(self.d_left, self.similarity.values(self.left))
         return products / self.similarity.degree
 
 
