@@ -99,6 +99,9 @@ def softmax_rows_fwd_kernel(
                     similarity = guided_candidates(
                         similarity, row, column, column < width, guide_row + offset, threshold, DIRECTION
                     )
+                    if GRADIENT:  # so that the guide's block need not be read again: most of this stores nothing
+                        ruled_out = (column < width) & (similarity == float("-inf"))
+                        tl.store(block_row + offset + column, similarity, mask=ruled_out)
                 else:
                     similarity = candidates(
                         similarity, row, column, column < width, row_id, ids_ptr, mask_ptr, mask_row_stride,
@@ -117,6 +120,8 @@ def softmax_rows_fwd_kernel(
     tl.store(hardest_ptr + row, tl.max(hardest, 0))
 
     if GRADIENT:
+        if HAS_GUIDE:
+            tl.debug_barrier()
         gradient_row = gradient_ptr + place.to(tl.int64) * gradient_stride
         offset = 0
         for DIRECTION in tl.static_range(3):
@@ -126,9 +131,7 @@ def softmax_rows_fwd_kernel(
                     column = first + lanes
                     similarity = tl.load(block_row + offset + column, mask=column < width, other=0.0)
                     if HAS_GUIDE:
-                        similarity = guided_candidates(
-                            similarity, row, column, column < width, guide_row + offset, threshold, DIRECTION
-                        )
+                        similarity = tl.where(column < width, similarity, float("-inf"))
                     else:
                         similarity = candidates(
                             similarity, row, column, column < width, row_id, ids_ptr, mask_ptr, mask_row_stride,

@@ -70,7 +70,7 @@ def test_sizes_that_fit_no_tile(name: str, dtype: torch.dtype) -> None:
 
 
 def test_float32_is_exact_at_highest_and_not_bound_to_be_at_high() -> None:
-    queries, docs = batch(2048, 768, torch.float32)
+    queries, docs = batch(4096, 768, torch.float32)  # so many that they are multiplied in halves
     exact = [x.detach().double().requires_grad_() for x in (queries, docs)]
     truth = value_and_gradients(*exact, backend="tiled", directions=CLIP)
     before = torch.get_float32_matmul_precision()
