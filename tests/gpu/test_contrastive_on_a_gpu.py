@@ -218,9 +218,13 @@ def test_one_graph_under_compile(name: str) -> None:
 def test_the_operator_is_sound(directions: str, dtype: torch.dtype) -> None:
     queries, docs = batch(200, 32, dtype)
     scale = torch.tensor(20.0, device="cuda", requires_grad=True)
-    arguments = (
-        queries, docs, scale, None, None, 0.0, "cosine", directions, "joint", "", 0.0, [True, True, True], "triton",
-    )  # fmt: skip
+    settings = {
+        "queries": queries, "docs": docs, "scale_tensor": scale, "doc_ids": None, "mask": None, "guide_queries": None,
+        "guide_docs": None, "guide_margin": 0.0, "guide_strategy": "absolute", "scale": 0.0, "similarity": "cosine",
+        "directions": directions, "partition": "joint", "hardness": "", "hardness_strength": 0.0,
+        "needs": [True, True, True], "backend": "triton",
+    }  # fmt: skip
+    arguments = tuple(settings[argument.name] for argument in torch.ops.tileloss.contrastive.default._schema.arguments)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.tileloss.contrastive.default, arguments, test_utils=checks)
 

@@ -53,6 +53,8 @@ def test_sizes_that_fit_no_tile(mining: str, distance: str, dtype: torch.dtype, 
     """Full-size tiles, against float64. Slopes and gradients rounded to the dtype are the largest error."""
     x, labels = batch(1501, 200, dtype, each)
     margin = 0.2 if distance == "cosine" else 5.0
+    if distance == "cosine":  # of short rows, whose gradients are not too small for float16
+        x = (x.detach() / 256).requires_grad_()
     exact = x.detach().double().requires_grad_()
     truth = value_and_gradient(exact, labels, mining=mining, distance=distance, margin=margin, backend="tiled")
     found = value_and_gradient(x, labels, mining=mining, distance=distance, margin=margin)

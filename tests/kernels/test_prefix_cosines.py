@@ -39,7 +39,9 @@ def test_as_exact_as_the_definition(
         assert all(map(torch.equal, found, run(inputs, dims, "triton"))), "two runs must give the same bits"
     for x, y, exact in zip(found, eager, truth, strict=True):
         assert x.dtype == y.dtype
-        error, allowed = ((z.double() - exact).norm() / exact.norm().clamp_min(1e-3) for z in (x, y))
+        # a cosine of one number each does not change, so that its gradient is what terms of that size leave
+        size_of_terms = inputs[0].double().norm().reciprocal() if width == 1 else 1e-3
+        error, allowed = ((z.double() - exact).norm() / exact.norm().clamp_min(size_of_terms) for z in (x, y))
         assert error <= 3 * allowed + 1e-5
 
 

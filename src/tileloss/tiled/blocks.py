@@ -7,7 +7,7 @@ import torch
 # bytes of one block of similarities, measured on a CPU with 32 MB of third-level cache; on a GPU what keeps a batch of
 # 32,768 below 500 MB. A narrower block drowns in the traffic of the right-hand gradient, which every block reads and
 # writes whole
-BLOCK_BYTES = {"cpu": 16 << 20, "cuda": 368 << 20}
+BLOCK_BYTES = {"cpu": 16 << 20, "cuda": 272 << 20}
 # rows that a block has even if that makes it larger: a GPU multiplies 512 of them at half the rate of 2,048
 MIN_ROWS = {"cpu": 64, "cuda": 1024}
 _STEP = 64
