@@ -32,7 +32,7 @@ def _triton() -> Iterator[None]:
 
 
 def batch(size: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Queries and docs near them, as leaves; so short that in float16 the gradients of their cosines are not too small."""
+    """Queries and docs near them, as leaves, and short: gradients of cosines must not be too small for float16."""
     generator = torch.Generator("cuda").manual_seed(0)
     queries, noise = torch.randn(2, size, width, device="cuda", generator=generator) / 256
     return tuple(x.to(dtype, copy=True).requires_grad_() for x in (queries, queries + noise))
