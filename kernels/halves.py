@@ -19,8 +19,8 @@ from tileloss.tiled.halves import LOW_SCALE
 # GPUs whose tensor cores sum float16 products in float32 at eight times the rate of float32 or more: A100, Hopper and
 # Blackwell for data centres. Others have twice the rate, which three products eat up
 _CAPABILITIES = ((8, 0), (9, 0), (10, 0), (10, 3))
-# of a product's multiplications: below, launching the additional kernels takes longer than the products
-_FEWEST_MULTIPLICATIONS = 2**32
+# of a product's multiplications: below, starting the additional kernels takes longer than they save
+_FEWEST_MULTIPLICATIONS = 2**35
 _BLOCK = 1024
 
 

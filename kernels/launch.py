@@ -72,8 +72,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         _recording.launches.append(Launch(kernel, arguments, constants))
         return
     device = arguments[0].device
-    current = nullcontext() if device.type == "cpu" else torch.get_device_module(device.type).device(device)
-    with current:
+    module = torch.get_device_module(device.type)
+    is_current = device.type == "cpu" or device.index == module.current_device()  # asking costs less than setting
+    with nullcontext() if is_current else module.device(device):
         kernel[grid](*arguments, **constants)
 
 

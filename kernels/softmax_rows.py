@@ -101,7 +101,7 @@ def softmax_rows_fwd_kernel(
                     )
                     if GRADIENT:  # so that the guide's block need not be read again: most of this stores nothing
                         ruled_out = (column < width) & (similarity == float("-inf"))
-                        tl.store(block_row + offset + column, similarity, mask=ruled_out)
+                        tl.store(block_row + offset + column, float("-inf"), mask=ruled_out)
                 else:
                     similarity = candidates(
                         similarity, row, column, column < width, row_id, ids_ptr, mask_ptr, mask_row_stride,

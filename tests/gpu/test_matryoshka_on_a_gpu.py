@@ -78,7 +78,7 @@ def test_memory_is_bounded() -> None:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     with_gradients(queries, docs, ("query_to_doc",))
-    assert torch.cuda.max_memory_allocated() - before < 500 << 20
+    assert torch.cuda.max_memory_allocated() - before < 4 * len(queries) ** 2, "what one width's cosines would take"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

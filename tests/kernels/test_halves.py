@@ -47,16 +47,16 @@ def test_the_halves_keep_22_bits(rows: int, columns: int, device: torch.device, 
 def test_they_are_taken_where_it_pays(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     if device.type == "cuda":
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    assert halves.pays(4096, 4096, 768, device)
-    assert not halves.pays(1024, 1024, 768, device)
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert halves.pays(8192, 8192, 768, device)
     assert not halves.pays(4096, 4096, 768, device)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert not halves.pays(8192, 8192, 768, device)
 
 
 @pytest.mark.skipif(interpreting(), reason="in the interpreter any device will do")
 def test_a_gpu_with_slow_tensor_cores_multiplies_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 9))
-    assert not halves.pays(4096, 4096, 768, torch.device("cuda"))
+    assert not halves.pays(8192, 8192, 768, torch.device("cuda"))
 
 
 def with_gradients(queries: Tensor, docs: Tensor, backend: str, **options: Any) -> list[Tensor]:

@@ -35,7 +35,8 @@ FOUND = {
 
 @pytest.fixture(autouse=True)
 def _narrow_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_mining, "_WIDEST_BLOCK", 32)
+    monkeypatch.setattr(triton_mining, "_WIDEST_ALL_BLOCK", 32)
+    monkeypatch.setattr(triton_mining, "_WIDEST_SEMI_HARD_BLOCK", 32)
     monkeypatch.setattr(triton_mining, "_WIDEST_LONE_BLOCK", 32)
 
 

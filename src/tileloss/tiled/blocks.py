@@ -8,8 +8,9 @@ import torch
 # 32,768 below 500 MB. A narrower block drowns in the traffic of the right-hand gradient, which every block reads and
 # writes whole
 BLOCK_BYTES = {"cpu": 16 << 20, "cuda": 272 << 20}
-# rows that a block has even if that makes it larger: a GPU multiplies 512 of them at half the rate of 2,048
-MIN_ROWS = {"cpu": 64, "cuda": 1024}
+# rows that a block has even if that makes it larger: a GPU multiplies 512 of them at half the rate of 2,048, and for
+# each block the host starts a dozen kernels
+MIN_ROWS = {"cpu": 64, "cuda": 2048}
 _STEP = 64
 
 

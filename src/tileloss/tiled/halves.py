@@ -34,8 +34,6 @@ class CosineInHalves(Cosine):
     right. Memory: the prepared rows are half as large again as in float32, and a block's gradient is held twice.
     """
 
-    blocks_held = 2
-
     def __init__(self, rows: Rows, floor: float) -> None:
         super().__init__(rows)
         self.floor = floor

@@ -27,7 +27,6 @@ class Dot:
     is_product = True  # similarities are products of the prepared rows, so a GEMM's epilogue can see them
     symmetric = True
     degree = 2
-    blocks_held = 1  # of similarities at once, the gradients in their place included
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows

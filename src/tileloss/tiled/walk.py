@@ -136,15 +136,19 @@ class Walk:
         """Blocks of rows of all directions at once: softmax, gradient of the logits, gradients of both sides."""
         matrices = list(self._matrices())
         columns = [len(matrix.right) for matrix in matrices]
-        held = self.similarity.blocks_held + (self.problem.guide is not None)
-        rows = self._rows_per_block(sum(columns) * held)
+        rows = self._rows_per_block(sum(columns) * (1 if self.problem.guide is None else 2))
         buffer = self._buffer(rows * sum(columns))
         normaliser = torch.empty_like(self.passes.positive)
+        # a tensor core cuts digits off its sums, so that large cosines come out small; the loss is of the positives
+        exact = self.similarity.paired(self.left, self.right[self.positives]) if self.passes.in_halves else None
         for start, stop in self._row_blocks(rows):
             tiles = [Tile(m.direction, start, stop, m.first, m.last) for m in matrices]
             block = buffer[: (stop - start) * sum(columns)].view(stop - start, -1)
             blocks = block.split(columns, dim=1)
             saved = [self._fill(m, t, b) for m, t, b in zip(matrices, tiles, blocks, strict=True)]
+            if exact is not None:
+                here = slice(start - self.part.first, stop - self.part.first)
+                blocks[0].diagonal(start).copy_(exact[here])
             normaliser[start:stop], grads = self.passes.softmax_gradient(tiles, block, self.gradients)
             if self.gradients:
                 for matrix, tile, grad, kept in zip(matrices, tiles, grads, saved, strict=True):
@@ -203,7 +207,7 @@ class Walk:
         has_twins = direction == "query_to_doc" and self._has("doc_to_query") and matrix.first < size
         twins = (matrix.first, min(matrix.last, size)) if has_twins else (0, 0)
         buffer = self.shared_buffer
-        for start, stop in self._row_blocks(self._rows_per_block(self._blocks_held * len(matrix.right))):
+        for start, stop in self._row_blocks(self._rows_per_block(self.passes.blocks_held * len(matrix.right))):
             if self.triangular and direction != "query_to_doc":
                 tile = Tile(direction, start, stop, start, matrix.last, twins=(stop, size))
             else:
@@ -240,11 +244,7 @@ class Walk:
             self.left_products = self.left_products + sum_of_products(d_left, self.similarity.values(left))
         if self.d_queries is not None:
             saved = self.left_saved[rows] if self.left_saved is not None else None
-            self.d_queries[rows] = self.similarity.finish(d_left, left, saved, self._factor())
-
-    @property
-    def _blocks_held(self) -> int:
-        return max(self.passes.blocks_held, self.similarity.blocks_held)
+            self.d_queries[rows] = self.similarity.finish(d_left, left, saved, self._factor)
 
     def _rows_per_block(self, columns: int) -> int:
         return rows_per_block(self.part.count, columns, self.passes.dtype, self.queries.device)
@@ -253,7 +253,7 @@ class Walk:
     def shared_buffer(self) -> Tensor:
         """Room for a block of any matrix: one for all, because the last block of a matrix lives on into the next."""
         columns = [len(matrix.right) for matrix in self._matrices()]
-        return self._buffer(max(self._rows_per_block(self._blocks_held * count) * count for count in columns))
+        return self._buffer(max(self._rows_per_block(self.passes.blocks_held * count) * count for count in columns))
 
     def _buffer(self, entries: int) -> Tensor:
         return torch.empty(entries, dtype=self.passes.dtype, device=self.queries.device)
@@ -263,9 +263,13 @@ class Walk:
         unit = self.problem.size * self.problem.spec.partitions * self.passes.gradient_unit
         return self.part.processes / unit
 
-    def _factor(self) -> float | Tensor:
-        """What a prepared row's gradient is multiplied by."""
-        return self.problem.scale * self._share()
+    @functools.cached_property
+    def _factor(self) -> Tensor:
+        """What a prepared row's gradient is multiplied by: made once, and not for every block."""
+        factor = self.problem.scale * self._share()
+        if isinstance(factor, Tensor):
+            return factor.to(self.passes.dtype)
+        return torch.full((), factor, dtype=self.passes.dtype, device=self.queries.device)
 
     def _finished(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of the rows as given and of the scale, from those of the prepared rows."""
@@ -273,11 +277,11 @@ class Walk:
         d_scale = self._d_scale() * self._share() if self.needs.scale else None
         d_queries, d_docs = self.d_queries, None
         if self.needs.queries and self.d_left is not None:
-            d_left = self.similarity.finish(self.d_left, self.left, self.left_saved, self._factor())
+            d_left = self.similarity.finish(self.d_left, self.left, self.left_saved, self._factor)
             d_queries = d_left.to(self.queries.dtype)
         if self.needs.docs:
             assert self.d_right is not None
-            d_right = self.similarity.finish(self.d_right, self.right, self.right_saved, self._factor())
+            d_right = self.similarity.finish(self.d_right, self.right, self.right_saved, self._factor)
             d_docs = d_right.to(self.docs.dtype)
         return d_queries, d_docs, d_scale
 
