@@ -15,7 +15,7 @@ HAS_GPU := import torch, pytest, sys; sys.exit(not (torch.cuda.is_available() or
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test fuzz matrix bench gpu compile-report docs lint venv tree
+.PHONY: help demo test fuzz matrix bench gpu memcheck compile-report docs lint venv tree
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -47,10 +47,16 @@ gpu: tree ## on a GPU machine: its tests and its sweep, within ten minutes and w
 	rm -rf build/peers; \
 	for wheel in wheels/*.whl; do [ ! -e "$$wheel" ] || $$python -m pip install --quiet --no-index --no-deps \
 		--target build/peers "$$wheel"; done; \
-	timeout 300 $$python -m pytest -m gpu; tests=$$?; \
+	parallel=$$($$python -c 'import xdist' 2>/dev/null && echo "--numprocesses 12 --dist worksteal"); \
+	timeout 300 $$python -m pytest -m gpu $$parallel tests/gpu tests/kernels; tests=$$?; \
 	timeout 280 $$python -c 'import sys; from tileloss.cli import main; sys.exit(main())' \
 		bench --preset gpu --out "$(OUT)"; sweep=$$?; \
 	[ $$tests -eq 0 ] && [ $$sweep -eq 0 ] || { echo "make gpu: tests ended with $$tests, the sweep with $$sweep" >&2; exit 1; }
+
+memcheck: tree ## on a GPU machine with CUDA's tools: every function's kernels under compute-sanitizer
+	@PYTHONSAFEPATH=1 PYTHONPATH="$(TREE)$${PYTHONPATH:+:$$PYTHONPATH}" PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+		compute-sanitizer --tool memcheck --error-exitcode 1 \
+		"$(PYTHON)" -c 'import sys; from tileloss.cli import main; sys.exit(main())' doctor
 
 compile-report: venv ## compile every kernel for each GPU family, without a GPU, and print what came out
 	@.venv/bin/python -P -m tileloss.kernels.compile_report
