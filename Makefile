@@ -47,7 +47,7 @@ gpu: tree ## on a GPU machine: its tests and its sweep, within ten minutes and w
 	rm -rf build/peers; \
 	for wheel in wheels/*.whl; do [ ! -e "$$wheel" ] || $$python -m pip install --quiet --no-index --no-deps \
 		--target build/peers "$$wheel"; done; \
-	parallel=$$($$python -c 'import xdist' 2>/dev/null && echo "--numprocesses 12 --dist worksteal"); \
+	parallel=$$($$python -c "import xdist" 2>/dev/null && echo "--numprocesses 12 --dist worksteal"); \
 	timeout 300 $$python -m pytest -m gpu $$parallel tests/gpu tests/kernels; tests=$$?; \
 	timeout 280 $$python -c 'import sys; from tileloss.cli import main; sys.exit(main())' \
 		bench --preset gpu --out "$(OUT)"; sweep=$$?; \

@@ -114,6 +114,8 @@ def test_evaluation_holds_no_gradients(dtype: torch.dtype) -> None:
         before = torch.cuda.memory_allocated()
         contrastive_loss(queries, docs)
     prepared = queries.nbytes + docs.nbytes
+    if dtype == torch.float32:  # in halves, and those of a block's left rows once more in another order
+        prepared *= 2
     assert torch.cuda.max_memory_allocated() - before <= prepared + BLOCK_BYTES["cuda"] + (1 << 20)
 
 

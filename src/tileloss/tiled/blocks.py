@@ -10,7 +10,7 @@ import torch
 BLOCK_BYTES = {"cpu": 16 << 20, "cuda": 272 << 20}
 # rows that a block has even if that makes it larger: a GPU multiplies 512 of them at half the rate of 2,048, and for
 # each block the host starts a dozen kernels
-MIN_ROWS = {"cpu": 64, "cuda": 2048}
+MIN_ROWS = {"cpu": 64, "cuda": 1536}
 _STEP = 64
 
 
