@@ -97,15 +97,15 @@ def unit_rows(
 
 
 def unit_rows_backward(
-    d_unit: Tensor,  # (N, D) float32: is overwritten where `unit` is float32
+    d_unit: Tensor,  # (N, D) float32: is overwritten unless `unit` is bfloat16
     unit: Tensor,  # (N, D)
     norms: Tensor,  # (N, 1)
     factor: float | Tensor,
     floor: float = NORM_FLOOR,
 ) -> Tensor:  # (N, D)
-    """The gradient of the rows as given, times `factor`, in the dtype of `unit`."""
+    """The gradient of the rows as given, times `factor`; bfloat16 for such rows, while float16 is too narrow for it."""
     rows, width = unit.shape
-    dx = d_unit if unit.dtype == d_unit.dtype else torch.empty_like(unit)
+    dx = torch.empty_like(unit) if unit.dtype == torch.bfloat16 else d_unit
     block = block_of(width)
     launch(
         unit_rows_bwd_kernel, (rows,), d_unit, unit, norms, as_scalar(factor, unit.device), dx, width,

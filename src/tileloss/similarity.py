@@ -31,6 +31,19 @@ def up_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
 
 
+def ready_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which dtype a gradient for an input of that one waits for the backward.
+
+    A batch of thousands has gradients smaller than float16 goes, until a gradient scaler has multiplied the loss.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def scaled(gradient: Tensor, d_loss: Tensor, dtype: torch.dtype) -> Tensor:
+    """A gradient that has waited, times that of the loss: out of place, for a second backward to find the same."""
+    return (gradient.to(d_loss.dtype) * d_loss).to(dtype)
+
+
 def up(x: Tensor) -> Tensor:
     """Raise floats narrower than 32 bits to float32; leave every other dtype as it is."""
     dtype = x.dtype

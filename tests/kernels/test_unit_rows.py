@@ -36,7 +36,7 @@ def test_backward(width: int, dtype: torch.dtype, device: torch.device, poisoned
     found = unit_rows.unit_rows_backward(d_unit.clone(), unit, norms, factor)
     exact = x.double().requires_grad_()
     (expected,) = torch.autograd.grad(F.normalize(exact, dim=1), exact, 3.0 * d_unit.double())
-    assert found.dtype == dtype
+    assert found.dtype == torch.float32, "float16 is too narrow for a gradient that waits"
     if dtype == torch.float16:  # whose range ends below these
         found, expected = found[3:], expected[3:]
     error = (found.double() - expected).norm(dim=1) / expected.norm(dim=1)

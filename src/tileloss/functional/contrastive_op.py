@@ -19,6 +19,7 @@ from tileloss import reference, tiled
 from tileloss.functional.contrastive_part import definition_of_part
 from tileloss.functional.second_derivative import gradients_by_definition
 from tileloss.guide import Guide
+from tileloss.similarity import ready_dtype, scaled
 from tileloss.spec import ContrastiveSpec
 from tileloss.tiled import Needs
 from tileloss.tiled.part import Part
@@ -79,7 +80,7 @@ def _contrastive(
     # an operator returns tensors only: a gradient that nobody asked for is an empty one
     d_queries, d_docs, d_scale = (queries.new_empty(0) if g is None else g for g in result[2:])
     if scale_tensor is not None:
-        d_scale = d_scale.to(scale_tensor.dtype)
+        d_scale = d_scale.to(ready_dtype(scale_tensor.dtype))
     return result.loss, result.stats, d_queries, d_docs, d_scale
 
 
@@ -91,7 +92,7 @@ def _shapes(queries: Tensor, docs: Tensor, scale_tensor: Tensor | None, *setting
     gradients = [queries.new_empty(0) for _ in needs]
     for place, (x, need) in enumerate(zip((queries, docs, scale_tensor), needs, strict=True)):
         if need and x is not None:
-            gradients[place] = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            gradients[place] = torch.empty(x.shape, dtype=ready_dtype(x.dtype), device=x.device)
     return loss, stats, *gradients
 
 
@@ -143,8 +144,10 @@ def ready_gradients(ctx: Any, d_loss: Tensor) -> list[Tensor | None]:
             return ctx.definition(*inputs, ctx.spec, doc_ids, mask, guide)[0]
 
         return gradients_by_definition(definition, d_loss, (queries, docs, scale), ctx.needs)
-    # out of place, so that a second backward over a retained graph gives the same numbers
-    return [g * d_loss.to(g.dtype) if need else None for g, need in zip(found, ctx.needs, strict=True)]
+    return [
+        scaled(gradient, d_loss, x.dtype) if need else None
+        for gradient, x, need in zip(found, (queries, docs, scale_tensor), ctx.needs, strict=True)
+    ]
 
 
 def wanted(*inputs: Tensor | float | None) -> list[bool]:

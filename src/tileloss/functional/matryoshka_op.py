@@ -16,6 +16,7 @@ from torch import Tensor
 from tileloss import reference, tiled
 from tileloss.functional.contrastive import Call
 from tileloss.functional.contrastive_op import guide_of, passes_of, ready_gradients, spec_of
+from tileloss.similarity import ready_dtype
 from tileloss.tiled import Needs
 from tileloss.tiled.matryoshka import matryoshka_contrastive_loss
 from tileloss.tiled.prefix_passes import PrefixPasses
@@ -75,7 +76,7 @@ def _matryoshka(
     # an operator returns tensors only: a gradient that nobody asked for is an empty one
     d_queries, d_docs, d_scale = (queries.new_empty(0) if g is None else g for g in result[2:])
     if scale_tensor is not None:
-        d_scale = d_scale.to(scale_tensor.dtype)
+        d_scale = d_scale.to(ready_dtype(scale_tensor.dtype))
     return result.loss, result.stats, d_queries, d_docs, d_scale
 
 
@@ -108,7 +109,7 @@ def _shapes(queries: Tensor, docs: Tensor, scale_tensor: Tensor | None, *setting
     gradients = [queries.new_empty(0) for _ in needs]
     for place, (x, need) in enumerate(zip((queries, docs, scale_tensor), needs, strict=True)):
         if need and x is not None:
-            gradients[place] = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            gradients[place] = torch.empty(x.shape, dtype=ready_dtype(x.dtype), device=x.device)
     return queries.new_empty((), dtype=sums), queries.new_empty(len(dims), 3, dtype=torch.float32), *gradients
 
 

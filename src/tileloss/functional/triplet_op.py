@@ -15,7 +15,7 @@ from torch import Tensor
 from tileloss.reference.pairwise import pairwise_matrix
 from tileloss.reference.triplet import Mined, euclidean_distances
 from tileloss.reference.triplet import triplet_loss as definition
-from tileloss.similarity import full_precision, up_dtype
+from tileloss.similarity import full_precision, ready_dtype, scaled, up_dtype
 from tileloss.tiled import triplet as tiled
 from tileloss.tiled.mining import Mining
 
@@ -79,7 +79,7 @@ def _shapes(embeddings: Tensor, labels: Tensor, *settings: Any) -> tuple[Tensor,
     active = embeddings.new_empty((), dtype=torch.int64)
     # by shape, because len() would bind a compiled graph to one batch size
     hardest = [embeddings.new_empty(labels.shape[0], dtype=loss.dtype) for _ in range(2)]
-    gradient = torch.empty(embeddings.shape, dtype=embeddings.dtype, device=embeddings.device)
+    gradient = torch.empty(embeddings.shape, dtype=ready_dtype(embeddings.dtype), device=embeddings.device)
     return loss, active, *hardest, gradient if need else embeddings.new_empty(0)
 
 
@@ -97,8 +97,7 @@ def _backward(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Any, ...]:
         loss = materialised_loss(embeddings, labels, *ctx.settings).loss
         (gradient,) = torch.autograd.grad(loss, embeddings, d_loss, create_graph=True)
     else:
-        # out of place, so that a second backward over a retained graph gives the same numbers
-        gradient = found * d_loss.to(found.dtype)
+        gradient = scaled(found, d_loss, embeddings.dtype)
     return gradient, *[None] * 7
 
 

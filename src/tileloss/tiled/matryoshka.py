@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tileloss.similarity import full_precision
+from tileloss.similarity import full_precision, ready_dtype
 from tileloss.tiled import Needs, Passes, Problem, Result, Tile, blocks
 from tileloss.tiled.constants import constants
 from tileloss.tiled.guide import GuideBlocks
@@ -85,7 +85,7 @@ class _Walk:
     ) -> None:
         self.problem, self.needs, self.gradients = problem, needs, any(needs)
         self.prefix_passes = prefix_passes
-        self.dtypes = queries.dtype, docs.dtype
+        self.dtypes = ready_dtype(queries.dtype), ready_dtype(docs.dtype)
         # the guide belongs to no width: one set of its blocks serves the passes of all
         self.guided = _GuideOfBlock(problem.guide, problem.size) if problem.guide is not None else None
         self.passes = [passes_class(replace(problem, guide=None), queries, docs) for _ in dims]

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tileloss.similarity import full_precision
+from tileloss.similarity import full_precision, ready_dtype
 from tileloss.tiled.blocks import rows_per_block
 from tileloss.tiled.distance import PreparedRows
 from tileloss.tiled.mining import Classes, Mining, MiningProblem
@@ -61,7 +61,7 @@ def triplet_loss(
         loss = miner.total.sum() * factor
         if d_rows is not None:
             unit = 1.0 if mining == "hard" else miner.gradient_unit
-            d_rows = miner.distance.finish(d_rows, prepared, factor / unit).to(embeddings.dtype)
+            d_rows = miner.distance.finish(d_rows, prepared, factor / unit).to(ready_dtype(embeddings.dtype))
     return Mined(loss, active, miner.hardest_positive, miner.hardest_negative, d_rows)
 
 

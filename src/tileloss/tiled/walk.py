@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tileloss.similarity import ready_dtype
 from tileloss.tiled.block_similarity import block_similarity
 from tileloss.tiled.blocks import rows_per_block
 from tileloss.tiled.part import Part
@@ -78,9 +79,9 @@ class Walk:
         self.right, self.right_saved = self.similarity.prepare(docs)
         self.gradients = any(needs)
         wants_left = needs.queries or needs.scale
-        # a query's gradient that only its own block adds to is finished there, and inputs narrower than the sums are
-        # spared a sum of B x D
-        narrow = queries.dtype != passes.dtype and not self._has("query_to_query")
+        # a query's gradient that only its own block adds to is finished there, and where it is narrower than the sums a
+        # sum of B x D is spared
+        narrow = ready_dtype(queries.dtype) != passes.dtype and not self._has("query_to_query")
         self.by_block = wants_left and narrow and self.finishes_rows
         self.d_queries = queries.new_empty(queries.shape) if self.by_block and needs.queries else None
         self.left_products: Tensor | float = 0.0  # of the finished blocks: the sum of d_left * left
@@ -278,11 +279,11 @@ class Walk:
         d_queries, d_docs = self.d_queries, None
         if self.needs.queries and self.d_left is not None:
             d_left = self.similarity.finish(self.d_left, self.left, self.left_saved, self._factor)
-            d_queries = d_left.to(self.queries.dtype)
+            d_queries = d_left.to(ready_dtype(self.queries.dtype))
         if self.needs.docs:
             assert self.d_right is not None
             d_right = self.similarity.finish(self.d_right, self.right, self.right_saved, self._factor)
-            d_docs = d_right.to(self.docs.dtype)
+            d_docs = d_right.to(ready_dtype(self.docs.dtype))
         return d_queries, d_docs, d_scale
 
     def _d_scale(self) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tileloss.similarity import ready_dtype
 from tileloss.tiled import Needs, Passes, Problem, Result, contrastive_loss
 
 
@@ -46,7 +47,7 @@ def width_by_width(
     return Result(
         torch.stack(losses).sum(),
         torch.stack(stats[::-1]),
-        d_queries.to(queries.dtype) if d_queries is not None else None,
-        d_docs.to(docs.dtype) if d_docs is not None else None,
+        d_queries.to(ready_dtype(queries.dtype)) if d_queries is not None else None,
+        d_docs.to(ready_dtype(docs.dtype)) if d_docs is not None else None,
         d_scale,
     )
