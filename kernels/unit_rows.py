@@ -103,7 +103,7 @@ def unit_rows_backward(
     factor: float | Tensor,
     floor: float = NORM_FLOOR,
 ) -> Tensor:  # (N, D)
-    """The gradient of the rows as given, times `factor`; bfloat16 for such rows, while float16 is too narrow for it."""
+    """The gradient of the rows as given, times `factor`: bfloat16 for such rows, as float16 would be too narrow."""
     rows, width = unit.shape
     dx = torch.empty_like(unit) if unit.dtype == torch.bfloat16 else d_unit
     block = block_of(width)
