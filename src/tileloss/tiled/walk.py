@@ -79,7 +79,7 @@ class Walk:
         self.right, self.right_saved = self.similarity.prepare(docs)
         self.gradients = any(needs)
         wants_left = needs.queries or needs.scale
-        # a query's gradient that only its own block adds to is finished there: where it is narrower than the sums, a sum
+        # a query's gradient that only its own block adds to is finished there: where it is narrower than sums are, one
         # of B x D is spared
         narrow = ready_dtype(queries.dtype) != passes.dtype and not self._has("query_to_query")
         self.by_block = wants_left and narrow and self.finishes_rows
