@@ -1,8 +1,8 @@
 """Where the time of a step goes on a GPU: the host, the device, and its kernels one by one.
 
 For each case three times of loss and gradients: as a loop sees them, with the device's queue drained after several
-calls (`wall`); until the host has started everything (`host`); and as a replayed CUDA graph, where the host has nothing
-to do (`graph`). Where host and wall are alike, fewer launches help; where graph and wall are, faster kernels. Run as
+calls (`wall`); until the host has started everything (`host`); and as a replayed CUDA graph, in which the host has no
+part (`graph`). Where host and wall are alike, fewer launches help; where graph and wall are, faster kernels. Run as
 
     python -P benchmarks/gpu_steps.py --workload default gist --dtype bfloat16 --kernels 8 --theirs
 
