@@ -125,9 +125,9 @@ def keep_statistics(
     positive = tl.load(positive_ptr + row, mask=row < stop, other=0.0)
     hardest = tl.full(row.shape, float("-inf"), tl.float32)
     if DIRECTION == QUERY_TO_DOC:
-        is_positive = row_2d == column_2d
-        hardest = tl.max(tl.where(is_positive, float("-inf"), similarity), 1)
-        similarity = tl.where(is_positive, positive[:, None], similarity)
+        # positives join the sums last
+        similarity = tl.where(row_2d == column_2d, float("-inf"), similarity)
+        hardest = tl.max(similarity, 1)
     twin_positive = tl.load(positive_ptr + column, mask=column < size, other=0.0)
     twin = relative_log_sum_exp2(similarity, twin_positive, scale * LOG2_E, 0)
     tl.store(twin_part_ptr + column, twin, mask=column < size)
@@ -263,6 +263,9 @@ def fused_normalisers(
         merge(twin_parts, twins)
         if tile.direction == "query_to_doc":
             torch.amax(hardest_parts, dim=0, out=hardest[start:stop])
+    if tile.direction == "query_to_doc":
+        own = positive - positive  # the positives' logits: zero, but nan where a similarity is no finite number
+        return torch.logaddexp(rows, own), torch.logaddexp(twins, own)
     return rows, twins
 
 

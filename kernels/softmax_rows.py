@@ -1,7 +1,7 @@
 """A block of rows with every column of every direction: the softmax, the statistics and the logits' gradient.
 
-One program a row, which it walks twice: an online maximum and sum, then the gradient. The second read comes mostly
-from the cache. The gradient takes the place of the similarities. For 16-bit operands it takes the first half of each
+One program a row, which it walks twice: an online maximum and sum, then the gradient. The positive joins the sum last,
+because of one that has won the sum would keep nothing else. The second read comes mostly from the cache. The gradient takes the place of the similarities. For 16-bit operands it takes the first half of each
 row's bytes, where the next GEMM reads it with a row stride of twice the columns: writing column j there overwrites
 the similarity j / 2, which this row's program has read by then and no other program reads. A barrier a step keeps
 fast threads from overtaking slow ones.
@@ -23,6 +23,7 @@ from tileloss.kernels.logits import (
     DIRECTION_CODES,
     DOC_TO_DOC,
     LN_2,
+    LOG2_E,
     QUERY_TO_DOC,
     QUERY_TO_QUERY,
     Objective,
@@ -42,6 +43,18 @@ def columns_of(size, docs, query_columns, DIRECTION: tl.constexpr, HAS_GUIDE: tl
     if DIRECTION == DOC_TO_DOC and HAS_GUIDE:
         return size
     return docs
+
+
+@triton.jit
+def add_zero_logit(others):
+    """log2 of 1 + 2^others, and the share of 2^others in that sum, to the last digits of small ones."""
+    smaller = tl.exp2(-tl.abs(others))
+    total = 1.0 + smaller
+    # what rounding adds to the sum it adds to its logarithm, so that the quotient of the two is free of it
+    excess = tl.where(total == 1.0, 1.0, total - 1.0)
+    log_total = tl.where(total == 1.0, smaller, tl.log(total) * (smaller / excess))
+    share = tl.where(others > 0.0, 1.0, smaller) / total
+    return tl.maximum(others, 0.0) + log_total * LOG2_E, share
 
 
 @triton.jit
@@ -84,7 +97,7 @@ def softmax_rows_fwd_kernel(
     guide_row = guide_ptr + place.to(tl.int64) * block_stride
     threshold = tl.load(threshold_ptr + row) if HAS_GUIDE else 0.0
 
-    # finite, so that a step without candidates leaves it and the sum as they are; the positive is always one
+    # finite, so that a step without candidates leaves it and the sum as they are
     peak = tl.full((), -1e38, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     hardest = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -107,14 +120,18 @@ def softmax_rows_fwd_kernel(
                         similarity, row, column, column < width, row_id, ids_ptr, mask_ptr, mask_row_stride,
                         mask_column_stride, size, docs, DIRECTION, HAS_IDS, HAS_MASK,
                     )  # fmt: skip
+                logit = to_logits(similarity, positive, row, column, scale, strength, size, docs, DIRECTION, HARDNESS)
                 if DIRECTION == QUERY_TO_DOC:
                     hardest = tl.maximum(hardest, tl.where(column == row, float("-inf"), similarity))
-                logit = to_logits(similarity, positive, row, column, scale, strength, size, docs, DIRECTION, HARDNESS)
+                    logit = tl.where(column == row, float("-inf"), logit)
                 higher = tl.maximum(peak, tl.max(logit, 0))
                 total = total * tl.exp2(peak - higher) + tl.exp2(logit - higher)
                 peak = higher
             offset += width
-    normaliser = peak + tl.log2(tl.sum(total, 0))
+    others = peak + tl.log2(tl.sum(total, 0))
+    own = positive - positive  # the positive's logit: zero, but nan where the similarity is no finite number
+    normaliser, share = add_zero_logit(others)
+    normaliser += own
     tl.store(normaliser_ptr + place, normaliser * LN_2)
     tl.store(positive_ptr + row, positive)
     tl.store(hardest_ptr + row, tl.max(hardest, 0))
@@ -142,7 +159,7 @@ def softmax_rows_fwd_kernel(
                     )
                     gradient = tl.exp2(logit - normaliser)
                     if DIRECTION == QUERY_TO_DOC:
-                        gradient = tl.where(column == row, gradient - 1.0, gradient)
+                        gradient = tl.where(column == row, own - share, gradient)
                     gradient = (gradient * unit).to(gradient_ptr.dtype.element_ty)
                     if gradient_ptr.dtype.element_ty != tl.float32:
                         tl.debug_barrier()

@@ -49,6 +49,7 @@ def test_they_are_taken_where_it_pays(monkeypatch: pytest.MonkeyPatch, device: t
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     assert halves.pays(8192, 8192, 768, device)
     assert not halves.pays(4096, 4096, 768, device)
+    assert not halves.pays(8192, 8192, 770, device), "rows that tensor cores cannot read at full speed"
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
     assert not halves.pays(8192, 8192, 768, device)
 
