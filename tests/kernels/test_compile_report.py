@@ -22,6 +22,7 @@ def test_every_kernel_is_in_it(gpu: str) -> None:
         "known_normalisers_bwd_kernel",
         "normalisers_fwd_kernel",
         "normalisers_merge_kernel",
+        "halves_kernel",
         "hardest_fwd_kernel",
         "chosen_pairs_gather_bwd_kernel",
         "chosen_pairs_collect_bwd_kernel",
