@@ -1,9 +1,9 @@
 """A block of rows with every column of every direction: the softmax, the statistics and the logits' gradient.
 
-One program a row, which it walks twice: an online maximum and sum, then the gradient. The second read comes mostly from
+One program a row, which it walks twice: an online maximum and sum, then the gradient. The second read is mostly from
 the cache. The positive joins the sum last, because beside one that has won a sum keeps nothing else.
 
-The gradient takes the place of the similarities. For 16-bit operands it takes the first half of each row's bytes, where
+The gradient takes the place of the similarities. For 16-bit operands it takes the first half of a row's bytes, where
 the next GEMM reads it with a row stride of twice the columns: writing column j there overwrites the similarity j / 2,
 which this row's program has read by then and no other program reads. A barrier a step keeps fast threads from
 overtaking slow ones.
