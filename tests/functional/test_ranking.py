@@ -11,8 +11,6 @@ from torch import Tensor
 from tileloss.errors import BackendError, DeviceError, DtypeError, InputError, ShapeError
 from tileloss.functional import ranking_loss
 
-ranking_module = importlib.import_module("tileloss.functional.ranking")
-
 SIZES = (1, 2, 63, 100, 257)
 LABELS: dict[str, Callable[[int], Tensor]] = {
     "all different": lambda size: torch.rand(size),
@@ -24,6 +22,13 @@ LABELS: dict[str, Callable[[int], Tensor]] = {
     "half precision": lambda size: torch.randint(5, (size, 1)).bfloat16(),
     "infinite": lambda size: torch.tensor([float("inf"), 0.0, -float("inf")]).repeat(size)[:size],
 }
+
+
+@pytest.fixture(params=["pair by pair", "sorted"], autouse=True)
+def _form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test twice: with all sizes compared pair by pair, and with none."""
+    few = importlib.import_module("tileloss.tiled.ranking").FEW_ROWS
+    monkeypatch.setitem(few, "cpu", 10**6 if request.param == "pair by pair" else 0)
 
 
 def batch(size: int, labels: str = "all different", dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -165,12 +170,13 @@ def test_a_retained_graph_gives_the_same_again(backend: str) -> None:
     assert torch.equal(first, second)
 
 
-def test_small_batches_take_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
-    called = []
-    monkeypatch.setattr(ranking_module, "definition", lambda *inputs: called.append(inputs) or inputs[0].sum())
-    for size in (32, 77, 78):
-        ranking_loss(*batch(size))
-    assert len(called) == 2
+@pytest.mark.parametrize("size", [64, 300])
+def test_no_matrix_waits_for_the_backward(size: int) -> None:
+    scores, labels = batch(size)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+        ranking_loss(scores.requires_grad_(), labels)
+    assert max(saved) == size
 
 
 WRONG: list[tuple[type[Exception], tuple[Any, Any], dict[str, Any], str]] = [

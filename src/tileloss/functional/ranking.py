@@ -17,10 +17,6 @@ from tileloss.functional.checks import check_labels
 from tileloss.functional.ranking_op import sorted_loss
 from tileloss.reference.ranking import ranking_loss as definition
 
-# of a pair of scores, against a similarity of embeddings: it needs no GEMM, and sorting pays from 78 rows on a CPU
-_WORTH = 11
-
-
 @backend.accepts_backend
 def ranking_loss(
     scores: Tensor,  # (B,)
@@ -47,8 +43,9 @@ def ranking_loss(
         BackendError: for a backend that was asked for by name and cannot run.
 
     Cost:
-        Time O(B log B), memory a dozen vectors of B numbers; the gradient comes with the loss. Sums are of the scores
-        as they are, so that differences are as exact as the scores: far from zero, shift them.
+        Time O(B log B), memory a dozen vectors of B numbers, or for few rows a matrix until the forward returns; the
+        gradient comes with the loss. Sums are of the scores as they are, so that differences are as exact as the
+        scores: far from zero, shift them.
 
     Source:
         Huang et al. 2024, CoSENT (doi 10.1109/TASLP.2024.3402087).
@@ -59,7 +56,7 @@ def ranking_loss(
     _check_scores(scores)
     labels = check_labels(labels, scores, "scores", "number", "which is above and below nothing: leave such rows out.")
     labels = labels.to(torch.uint8) if labels.dtype == torch.bool else labels  # booleans cannot be searched
-    chosen = backend.choose(scores, _WORTH * len(scores) ** 2).backend
+    chosen = backend.choose(scores).backend
     if chosen == "reference" or len(scores) == 0:  # without rows there is nothing to scan
         return definition(scores, labels)
     return sorted_loss(scores, labels)
