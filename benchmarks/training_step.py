@@ -1,7 +1,7 @@
 """Measure whole training steps with sentence-transformers' loss and with ours: where one gains, and where not.
 
-A step is the encoder forward, the loss, backward and AdamW, under bfloat16 autocast on a GPU, as `bf16=True` of a
-trainer has it. Encoders have random weights and texts random tokens, so that nothing is downloaded; both sides train
+A step is the encoder forward, the loss, backward and AdamW. On a GPU the encoder's forward, and it alone, is under
+bfloat16 autocast, as `bf16=True` of a trainer has it. Encoders have random weights and texts random tokens, so that nothing is downloaded; both sides train
 the same model. A batch larger than a mini-batch goes through the cached losses of both, mini-batch by mini-batch. The
 loss alone is measured too, on float32 embeddings of the same shape, which is what the encoders hand over. Run as
 
@@ -61,11 +61,9 @@ class Setting:
 class MeanOfWords(nn.Module):
     """A static encoder: the mean of the vectors of a text's words."""
 
-    width = STATIC_WIDTH
-
     def __init__(self) -> None:
         super().__init__()
-        self.words = nn.EmbeddingBag(WORDS, self.width, mode="mean")
+        self.words = nn.EmbeddingBag(WORDS, STATIC_WIDTH, mode="mean")
 
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         return features | {"sentence_embedding": self.words(features["input_ids"])}
@@ -78,7 +76,6 @@ class MeanOfTokens(nn.Module):
         super().__init__()
         from transformers import BertConfig, BertModel
 
-        self.width = width
         self.encoder = BertModel(
             BertConfig(
                 vocab_size=WORDS, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
@@ -94,10 +91,13 @@ class MeanOfTokens(nn.Module):
         return features | {"sentence_embedding": total / mask.sum(dim=1, keepdim=True)}
 
 
-def encoder(name: str) -> nn.Sequential:
+def encoder(name: str, device: str) -> nn.Sequential:
     """The encoder of that name, the same at every call."""
     torch.manual_seed(0)
-    return nn.Sequential(MeanOfWords() if name == "static" else MeanOfTokens(*SHAPES[name]))
+    model = nn.Sequential(MeanOfWords() if name == "static" else MeanOfTokens(*SHAPES[name])).to(device)
+    if device != "cpu":
+        model.forward = torch.autocast(device, torch.bfloat16)(model.forward)  # a cached loss calls it in backward too
+    return model
 
 
 def step_of(loss: nn.Module, rows: int, setting: Setting) -> Step:
@@ -109,9 +109,7 @@ def step_of(loss: nn.Module, rows: int, setting: Setting) -> Step:
 
     def step() -> None:
         optimizer.zero_grad()
-        with torch.autocast(setting.device, torch.bfloat16, enabled=setting.device != "cpu"):
-            value = loss([{"input_ids": x, "attention_mask": torch.ones_like(x)} for x in texts], None)
-        value.backward()
+        loss([{"input_ids": x, "attention_mask": torch.ones_like(x)} for x in texts], None).backward()
         optimizer.step()
 
     return step
@@ -141,7 +139,7 @@ def measure(name: str, rows: int, setting: Setting) -> dict[str, Any]:
     steps, alone = {}, {}
     for side, library in ((OURS, losses), (THEIRS, stock)):
         try:
-            loss = getattr(library, kind)(encoder(name).to(setting.device), **options)
+            loss = getattr(library, kind)(encoder(name, setting.device), **options)
             step = step_of(loss, rows, setting)
             step()  # whatever happens once
             peak = cpu_peak if setting.device == "cpu" else accelerator_peak
@@ -150,7 +148,7 @@ def measure(name: str, rows: int, setting: Setting) -> dict[str, Any]:
         except Exception as error:  # for want of memory, say: then the other one is measured alone
             record["missing"][side] = describe(error)
         try:
-            width = encoder(name)[0].width
+            width = STATIC_WIDTH if name == "static" else SHAPES[name][1]
             alone[side] = loss_alone(library.MultipleNegativesRankingLoss(nn.Identity()), rows, width, setting.device)
             alone[side]()
         except Exception as error:

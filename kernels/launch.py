@@ -99,5 +99,7 @@ def bucket(*sizes: int) -> int:
 def as_scalar(value: float | Tensor, device: torch.device) -> Tensor:
     """A 0-dim float32 tensor on `device`, so that kernels read a learnable factor without the host waiting for it."""
     if isinstance(value, Tensor):
+        if value.dtype == torch.float32 and value.ndim == 0 and value.device == device:
+            return value  # as it is asked for: every block of a batch has one
         return value.detach().to(device, torch.float32).reshape(())
     return torch.full((), value, dtype=torch.float32, device=device)

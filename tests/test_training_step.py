@@ -22,7 +22,7 @@ def test_both_sides_of_every_case_are_measured(
     monkeypatch.setitem(sys.modules, "training_step", script)  # where dataclasses look for their module
     spec.loader.exec_module(script)
     monkeypatch.setattr(script, "WORDS", 50)
-    monkeypatch.setattr(script.MeanOfWords, "width", 8)
+    monkeypatch.setattr(script, "STATIC_WIDTH", 8)
     monkeypatch.setitem(script.SHAPES, "minilm", (1, 16, 2, 16))
     monkeypatch.setattr("tileloss.bench.measure.SHORTEST_COMPARISON", 0.1)
     out = tmp_path / "steps.json"
