@@ -17,6 +17,7 @@ from tileloss.functional.checks import check_labels
 from tileloss.functional.ranking_op import sorted_loss
 from tileloss.reference.ranking import ranking_loss as definition
 
+
 @backend.accepts_backend
 def ranking_loss(
     scores: Tensor,  # (B,)
