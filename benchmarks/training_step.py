@@ -1,9 +1,10 @@
 """Measure whole training steps with sentence-transformers' loss and with ours: where one gains, and where not.
 
 A step is the encoder forward, the loss, backward and AdamW. On a GPU the encoder's forward, and it alone, is under
-bfloat16 autocast, as `bf16=True` of a trainer has it. Encoders have random weights and texts random tokens, so that nothing is downloaded; both sides train
-the same model. A batch larger than a mini-batch goes through the cached losses of both, mini-batch by mini-batch. The
-loss alone is measured too, on float32 embeddings of the same shape, which is what the encoders hand over. Run as
+bfloat16 autocast, as `bf16=True` of a trainer has it. Encoders have random weights and texts random tokens, so that
+nothing is downloaded; both sides train the same model. A batch larger than a mini-batch goes through the cached losses
+of both, mini-batch by mini-batch. The loss alone is measured too, on float32 embeddings of the same shape, which is
+what the encoders hand over. Run as
 
     python -P benchmarks/training_step.py --out benchmarks/results/training_step.json
 
