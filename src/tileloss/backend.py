@@ -136,6 +136,15 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def is_small(tensor: Tensor, similarities: int) -> bool:
+    """Whether a call chooses the materialised form for its size alone; counts as a choice where it does."""
+    if requested() != "auto" or similarities > _SMALL.get(tensor.device.type, 0):
+        return False
+    for choices in _recordings:
+        choices.append(_SMALL_CHOICE)
+    return True
+
+
 def choose(
     tensor: Tensor,
     similarities: int | None = None,

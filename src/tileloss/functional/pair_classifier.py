@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_autocast_enabled
 
 from tileloss import backend
 from tileloss.arguments import items
@@ -70,6 +70,25 @@ def pair_logits(
     >>> torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1] * 4)).backward()
     """
     return logits_of_pairs(first, second, weight, bias, _parts(concatenate))
+
+
+def fits_materialised(
+    first: Tensor,  # (B, D)
+    second: Tensor,  # (B, D)
+    weight: Tensor,  # (C, K D)
+    parts: PairParts,
+) -> bool:
+    """Whether the features of so few pairs may go to the layer as they are: they fit, and blocks would not pay."""
+    shape = first.shape
+    return (
+        len(shape) == 2
+        and second.shape == shape
+        and backend.is_small(first, first.numel() // _NUMBERS_PER_SIMILARITY)
+        and first.dtype == second.dtype == weight.dtype
+        and first.device == second.device == weight.device
+        and weight.shape[1] == parts.vectors * shape[1]
+        and not is_autocast_enabled(first.device.type)
+    )
 
 
 def logits_of_pairs(
