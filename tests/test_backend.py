@@ -25,6 +25,7 @@ class Pretended:
 
     def __init__(self, device: str, dtype: torch.dtype = torch.float32, shape: tuple[int, int] = (4096, 64)) -> None:
         self.device, self.dtype, self.shape = torch.device(device), dtype, shape
+        self.is_cpu = self.device.type == "cpu"
 
 
 @pytest.fixture(autouse=True)

@@ -129,7 +129,7 @@ def test_autocast_is_asked_past_a_replaced_query(enabled: bool, monkeypatch: pyt
     """Tests of other libraries put torch's query of autocast back to its older signature, without a device."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda: enabled)
     a = torch.randn(4, 8)
-    with full_precision("cpu"):
+    with full_precision(a):
         assert (a @ a.T).dtype == torch.float32
 
 

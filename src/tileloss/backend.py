@@ -50,7 +50,13 @@ class Choice(NamedTuple):
     reason: str
 
 
+def _fastest(backend: str, kind: str) -> Choice:
+    return Choice(backend, f"it is the fastest on {kind}")
+
+
+# made once: small batches feel even that
 _SMALL_CHOICE = Choice("reference", "at this size the materialised form is fastest")
+_CPU_CHOICE = _fastest("tiled", "cpu")
 
 
 def _check_name(name: str, origin: str) -> str:
@@ -136,9 +142,14 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def device_type(tensor: Tensor) -> str:
+    """The type of a tensor's device. Torch makes that name anew at every look, which small batches of a CPU feel."""
+    return "cpu" if tensor.is_cpu else tensor.device.type
+
+
 def is_small(tensor: Tensor, similarities: int) -> bool:
     """Whether a call chooses the materialised form for its size alone; counts as a choice where it does."""
-    if requested() != "auto" or similarities > _SMALL.get(tensor.device.type, 0):
+    if requested() != "auto" or similarities > _SMALL.get(device_type(tensor), 0):
         return False
     for choices in _recordings:
         choices.append(_SMALL_CHOICE)
@@ -167,15 +178,15 @@ def choose(
 
 
 def _choice(tensor: Tensor, similarities: int | None, obstacles: Mapping[str, str] | None) -> Choice:
-    name, device = requested(), tensor.device
-    best = "triton" if device.type in _TRITON_DEVICES and _TRITON_IS_INSTALLED else "tiled"
-    if name == "auto":  # first of all, because a small batch is where microseconds count
-        if similarities is not None and similarities <= _SMALL.get(device.type, 0):
-            return _SMALL_CHOICE
-        if best == "tiled" and not obstacles:
-            return Choice(best, f"it is the fastest on {device.type}")
+    name, kind = requested(), device_type(tensor)
+    # first of all, because a small batch is where microseconds count
+    if name == "auto" and similarities is not None and similarities <= _SMALL.get(kind, 0):
+        return _SMALL_CHOICE
+    best = "triton" if kind in _TRITON_DEVICES and _TRITON_IS_INSTALLED else "tiled"
+    if name == "auto" and best == "tiled" and not obstacles:
+        return _CPU_CHOICE if kind == "cpu" else _fastest(best, kind)
     obstacles = dict(obstacles or {})
-    device_obstacle = _triton_obstacle(device, tensor.dtype)
+    device_obstacle = _triton_obstacle(tensor.device, tensor.dtype)
     if device_obstacle:
         obstacles["triton"] = device_obstacle
     if name != "auto":
@@ -188,7 +199,7 @@ def _choice(tensor: Tensor, similarities: int | None, obstacles: Mapping[str, st
     else:
         name = "reference"
     if name == best:
-        return Choice(name, f"it is the fastest on {device.type}")
+        return _fastest(name, kind)
     reason = obstacles[best]
     say_once(f"tileloss falls back from the {best!r} to the {name!r} backend: {reason}.")
     return Choice(name, f"{best!r} was ruled out: {reason}")

@@ -174,7 +174,7 @@ def _over_processes(
     chosen = _backend(call, _LARGE if is_ring else sum(sizes) ** 2 * columns // len(sizes))
     part = GroupPart(sizes, group, is_ring)
     if chosen == "reference":
-        with full_precision(call.queries.device.type):
+        with full_precision(call.queries):
             loss, stats = definition_of_part(*call, part)
     else:
         loss, stats = block_loss(*call, chosen, part)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, is_autocast_enabled
 
+from tileloss.backend import device_type
 from tileloss.errors import InputError
 
 NORM_FLOOR = 1e-12  # the clamp of torch.nn.functional.normalize
@@ -52,9 +53,10 @@ def up(x: Tensor) -> Tensor:
     return x.float()
 
 
-def full_precision(device_type: str) -> AbstractContextManager[Any]:
-    """A block in which autocast does not narrow the GEMMs: inputs count as given, sums in at least float32."""
-    return torch.autocast(device_type, enabled=False) if is_autocast_enabled(device_type) else nullcontext()
+def full_precision(x: Tensor) -> AbstractContextManager[Any]:
+    """A block in which autocast does not narrow GEMMs on the device of x: inputs count as given, sums as `up` has."""
+    kind = device_type(x)
+    return torch.autocast(kind, enabled=False) if is_autocast_enabled(kind) else nullcontext()
 
 
 def _rows(x: Any) -> Tensor:

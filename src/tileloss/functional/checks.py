@@ -77,7 +77,7 @@ def check_labels(
     if labels.device != rows.device:
         raise DeviceError(f"labels are on {labels.device} and the {name} on {rows.device}; move them there.")
     # a GPU would have to be waited for, and a compiler cannot look at values
-    looks = labels.is_floating_point() and labels.device.type == "cpu" and not torch.compiler.is_compiling()
+    looks = labels.is_floating_point() and labels.is_cpu and not torch.compiler.is_compiling()
     if looks and labels.isnan().any():
         raise InputError(f"labels hold nan, {nan}")
     return labels.reshape(-1)

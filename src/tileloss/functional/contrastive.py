@@ -137,7 +137,7 @@ def _loss_and_statistics(call: Call, with_statistics: bool = True) -> tuple[Tens
     chosen = choose_backend(call.queries, call.docs, call.spec)
     if chosen != "reference":
         return block_loss(*call, chosen)  # the statistics of blocks cost nothing
-    with full_precision(call.queries.device.type):
+    with full_precision(call.queries):
         return reference.contrastive_loss(*call, with_statistics=with_statistics)
 
 

@@ -80,7 +80,7 @@ def dispersion(
     chosen = backend.choose(embeddings, size * size, _obstacles(known)).backend
     if chosen != "reference" and embeddings.numel():  # without numbers there are no blocks
         return Dispersion(*gram_dispersion(embeddings, str(known), chosen)[:2])
-    with full_precision(embeddings.device.type):
+    with full_precision(embeddings):
         return Dispersion(*definition(embeddings, known if isinstance(known, str) else _checked(known, size)))
 
 

@@ -68,7 +68,7 @@ def _backward(ctx: Any, d_mean: Tensor, d_second_moment: Tensor, *_: Any) -> tup
     if torch.is_grad_enabled():
         # as a node of its own: the gradient must not flow on into what the embeddings were computed from
         embeddings = embeddings.view_as(embeddings)
-        with full_precision(embeddings.device.type):
+        with full_precision(embeddings):
             means = definition(embeddings, ctx.similarity)
             (gradient,) = torch.autograd.grad(means, embeddings, (d_mean, d_second_moment), create_graph=True)
         return gradient, None, None

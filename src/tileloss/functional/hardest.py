@@ -84,7 +84,7 @@ def hardest_negatives(
     widest = queries if queries.element_size() >= docs.element_size() else docs
     chosen = backend.choose(widest, _WORTH * len(queries) * len(docs), _obstacles(known)).backend
     if chosen == "reference" or queries.numel() == 0:  # without numbers there are no blocks
-        with full_precision(queries.device.type):
+        with full_precision(queries):
             return HardestNegatives(*definition(queries, docs, known))
     return HardestNegatives(*block_hardest(queries, docs, str(known), chosen))
 

@@ -102,7 +102,7 @@ def _through_definition(
     """The gradients as a differentiable function of the inputs, by the materialised definition."""
     # as nodes of their own: the gradient of docs that were computed from queries must not flow on into those too
     queries, docs = queries.view_as(queries), docs.view_as(docs)
-    with full_precision(queries.device.type):
+    with full_precision(queries):
         hardest, _, own = definition(queries, docs, similarity)
         wanted = [x for x, need in zip((queries, docs), needs, strict=True) if need]
         found = iter(torch.autograd.grad((hardest, own), wanted, gradients, create_graph=True))

@@ -40,7 +40,7 @@ def dot_margins(
         to_positive, to_negative = paired_columns(queries, (positives, negatives), "dot")
         return to_positive - to_negative
     if chosen == "reference" or torch.compiler.is_compiling():  # a compiler makes one pass of the definition by itself
-        with full_precision(queries.device.type):
+        with full_precision(queries):
             return _definition(queries, positives, negatives)
     return _DotMargins.apply(queries, positives, negatives)
 

@@ -108,7 +108,7 @@ def _matryoshka(
     weights = [weighted[dim] for dim in widths]
     chosen = choose_backend(call.queries, call.docs, call.spec, _WORTH * len(call.queries) * len(call.docs))
     if chosen == "reference":
-        with full_precision(queries.device.type):
+        with full_precision(queries):
             loss, stats = reference.matryoshka_contrastive_loss(*call, widths, weights)
     else:
         loss, stats = block_matryoshka(call, widths, weights, chosen)

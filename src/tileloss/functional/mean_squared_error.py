@@ -58,5 +58,5 @@ class _MeanSquaredError(torch.autograd.Function):
         if gradient is None:  # once more over a graph that was kept
             gradient = in_blocks(a, b, True)[1]
         # nobody else holds it; and a CPU need not be waited for, to see that nothing is to be done
-        is_ready = d_found.device.type == "cpu" and d_found == 1.0
+        is_ready = d_found.is_cpu and d_found == 1.0
         return gradient if is_ready else gradient.mul_(d_found), None, None

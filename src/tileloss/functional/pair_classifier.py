@@ -72,22 +72,15 @@ def pair_logits(
     return logits_of_pairs(first, second, weight, bias, _parts(concatenate))
 
 
-def fits_materialised(
+def are_few(
     first: Tensor,  # (B, D)
     second: Tensor,  # (B, D)
-    weight: Tensor,  # (C, K D)
-    parts: PairParts,
 ) -> bool:
-    """Whether the features of so few pairs may go to the layer as they are: they fit, and blocks would not pay."""
-    shape = first.shape
+    """Whether blocks would not pay for these pairs: their features may go to the layer as they are."""
     return (
-        len(shape) == 2
-        and second.shape == shape
+        first.shape == second.shape
         and backend.is_small(first, first.numel() // _NUMBERS_PER_SIMILARITY)
-        and first.dtype == second.dtype == weight.dtype
-        and first.device == second.device == weight.device
-        and weight.shape[1] == parts.vectors * shape[1]
-        and not is_autocast_enabled(first.device.type)
+        and not is_autocast_enabled(backend.device_type(first))
     )
 
 
@@ -105,7 +98,7 @@ def logits_of_pairs(
     obstacles = _OBSTACLES if backend.requested() == "triton" else None
     chosen = backend.choose(first, first.numel() // _NUMBERS_PER_SIMILARITY, obstacles).backend
     if chosen == "reference" or first.numel() == 0:  # without numbers there are no blocks
-        with full_precision(first.device.type):
+        with full_precision(first):
             return definition(first, second, weight, bias, parts)
     return block_pair_logits(first, second, weight, bias, parts)
 

@@ -108,7 +108,7 @@ def _through_definition(
     # as nodes of their own: the gradient of a second that was computed from the first must not flow on into that too
     own: list[Any] = [None if x is None else x.view_as(x) for x in inputs]
     first, second, weight, bias = own
-    with full_precision(d_logits.device.type):
+    with full_precision(d_logits):
         logits = definition(first, second, weight, bias, PairParts(*parts))
         wanted = [x for x, need in zip(own, needs, strict=True) if need]
         found = iter(torch.autograd.grad(logits, wanted, d_logits, create_graph=True))

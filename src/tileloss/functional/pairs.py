@@ -141,7 +141,7 @@ def paired_columns(
     if chosen != "reference":
         columns = block_pairs(a, others, measure, eps, chosen)
     else:
-        with full_precision(a.device.type):
+        with full_precision(a):
             columns = _definition(a, others, measure, eps)
     return [x.abs() for x in columns] if measure == "angle" else columns  # the way back needs the sign
 

@@ -100,7 +100,7 @@ def _matrix(a: Tensor, b: Tensor | None, metric: str, argument: str, similarity:
     chosen = _backend(a, a if b is None else b, metric)
     if chosen != "reference":
         return block_matrix(a, b, metric, similarity, chosen)
-    with full_precision(a.device.type):
+    with full_precision(a):
         return reference.pairwise_matrix(a, b, metric, similarity)
 
 

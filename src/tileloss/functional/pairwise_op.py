@@ -111,7 +111,7 @@ def _through_definition(
     """The gradients as a differentiable function of `grad` and the rows, by the materialised definition."""
     # as nodes of their own: the gradient of an input that was computed from the other must not flow on into that too
     a, b = a.view_as(a), None if b is None else b.view_as(b)
-    with full_precision(grad.device.type):
+    with full_precision(grad):
         matrix = reference.pairwise_matrix(a, b, metric, similarity)
         wanted = [x for x, need in zip((a, b), needs, strict=True) if need and x is not None]
         found = iter(torch.autograd.grad(matrix, wanted, grad, create_graph=True))

@@ -71,7 +71,7 @@ def prefix_cosines(
     widest = a if a.element_size() >= b.element_size() else b
     chosen = backend.choose(widest).backend  # whatever the size: even of a few rows, one read is faster than K
     if chosen == "reference":
-        with full_precision(a.device.type):
+        with full_precision(a):
             return definition(a, b, given)
     widths = sorted(set(given))
     cosines, _ = block_prefix_cosines(a, b, widths, chosen)

@@ -22,7 +22,7 @@ def gradients_by_definition(
     """
     # as nodes of their own: the gradient of an input that was computed from another must not flow on into that one too
     nodes = [x.view_as(x) if isinstance(x, Tensor) else x for x in inputs]
-    with full_precision(d_loss.device.type):
+    with full_precision(d_loss):
         loss = definition(*nodes)
         wanted = [x for x, need in zip(nodes, needs, strict=True) if need and isinstance(x, Tensor)]
         found = iter(torch.autograd.grad(loss, wanted, d_loss, create_graph=True))

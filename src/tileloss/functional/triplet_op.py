@@ -44,7 +44,7 @@ def materialised_loss(
     distance: str,
 ) -> Mined:
     """The same by the definition, with autograd's graph of it."""
-    with full_precision(embeddings.device.type):
+    with full_precision(embeddings):
         if distance == "euclidean":
             distances = euclidean_distances(embeddings)
         else:

@@ -33,17 +33,13 @@ _ORACLE_MODULE = "sentence_transformers.base.losses.merged_forward"
 def embed_columns(model: nn.Module, columns: Iterable[Features]) -> list[Tensor]:
     """Embeddings (B, D) of each column, in order: the "sentence_embedding" that the model adds to its features."""
     columns = list(columns)
-    if not columns:
-        return []
-    first, *others = columns
-    embeddings = [model(first)["sentence_embedding"]]
-    if not others:
-        return embeddings
-    merges = len(others) > 1 and not torch.compiler.is_compiling() and not _merging_is_forbidden()
-    merged = _merged(others) if merges else None
+    # of two columns there are no others to share a pass
+    merges = len(columns) > 2 and not torch.compiler.is_compiling() and not _merging_is_forbidden()
+    merged = _merged(columns[1:]) if merges else None
     if merged is None:
-        return embeddings + [model(features)["sentence_embedding"] for features in others]
-    return embeddings + list(model(merged)["sentence_embedding"].chunk(len(others)))
+        return [model(features)["sentence_embedding"] for features in columns]
+    first = model(columns[0])["sentence_embedding"]
+    return [first, *model(merged)["sentence_embedding"].chunk(len(columns) - 1)]
 
 
 @contextmanager

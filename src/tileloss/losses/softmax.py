@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from tileloss.errors import InputError
-from tileloss.functional.pair_classifier import fits_materialised, logits_of_pairs
+from tileloss.functional.pair_classifier import are_few, logits_of_pairs
 from tileloss.losses import citations
 from tileloss.losses.columns import embed_columns, expect_columns
 from tileloss.reference.pair_classifier import PairParts, pair_features
@@ -114,13 +114,15 @@ class SoftmaxLoss(nn.Module):
 
     def _logits(self, first: Tensor, second: Tensor) -> Tensor:
         parts, layer = self._parts(), self.classifier
+        if are_few(first, second):
+            try:  # to look beforehand whether everything fits takes longer than all else that is done here
+                return layer(pair_features(first, second, parts))
+            except RuntimeError:
+                pass  # what does not fit is converted below, or refused with the reason
         if not _is_plain(layer):
             features = pair_features(first, second, parts)
             return layer(features.to(getattr(layer, "weight", features).dtype))
-        weight = layer.weight
-        if fits_materialised(first, second, weight, parts):
-            return layer(pair_features(first, second, parts))
-        return logits_of_pairs(first, second, weight, layer.bias, parts)
+        return logits_of_pairs(first, second, layer.weight, layer.bias, parts)
 
     def get_config_dict(self) -> dict[str, Any]:
         """The settings, as a model card shows them; keys and values are sentence-transformers'."""

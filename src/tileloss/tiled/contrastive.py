@@ -52,5 +52,5 @@ def contrastive_loss(
     guide = guide if guide is None else guide._replace(docs=part.gathered(guide.docs))
     problem = Problem(part.size, part.total(len(docs)), scale, spec, doc_ids, mask, guide, part.first)
     passes = passes_class(problem, queries, docs)
-    with full_precision(queries.device.type):
+    with full_precision(queries):
         return (RingWalk if part.is_ring else Walk)(queries, docs, passes, needs, part).run()

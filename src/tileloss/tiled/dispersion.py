@@ -50,7 +50,7 @@ def dispersion(
     rows_class: type[Rows] = Rows,
 ) -> Found:
     """As `tileloss.reference.dispersion` defines it; one GEMM of B x D x min(B, D)."""
-    with full_precision(embeddings.device.type):
+    with full_precision(embeddings):
         measure = block_similarity(similarity, rows_class(embeddings))
         size, width = embeddings.shape
         pairs = max(size * (size - 1), 1)
@@ -84,7 +84,7 @@ def dispersion_backward(
     rows_class: type[Rows] = Rows,
 ) -> Tensor:  # (B, D)
     """The gradient of the embeddings; one GEMM of B x D x min(B, D)."""
-    with full_precision(embeddings.device.type):
+    with full_precision(embeddings):
         measure = block_similarity(similarity, rows_class(embeddings))
         size, width = embeddings.shape
         pairs = max(size * (size - 1), 1)

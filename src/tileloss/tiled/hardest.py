@@ -67,7 +67,7 @@ def hardest_negatives(
     size, count = len(queries), len(docs)
     hardest = torch.empty(size, dtype=passes.dtype, device=queries.device)
     own, index = torch.empty_like(hardest), torch.empty_like(hardest, dtype=torch.int64)
-    with full_precision(queries.device.type):
+    with full_precision(queries):
         right, _ = measure.prepare(docs)
         step = rows_per_block(size, count, passes.dtype, queries.device)
         buffer = torch.empty(step, count, dtype=passes.dtype, device=queries.device)
@@ -103,7 +103,7 @@ def hardest_negatives_backward(
         torch.zeros(x.shape, dtype=passes.dtype, device=x.device) if need else None
         for x, need in zip((queries, docs), needs, strict=True)
     )
-    with full_precision(queries.device.type):
+    with full_precision(queries):
         left, left_saved = measure.prepare(queries)
         right, right_saved = measure.prepare(docs)
         passes.pull_pairs(weights, partners, left, right, d_queries, d_docs)

@@ -65,7 +65,7 @@ def matryoshka_contrastive_loss(
     together, and a copy of inputs that are narrower than the sums, not contiguous, or for oneDNN to multiply.
     Time: three GEMMs of B x M x D, or four with doc_to_query.
     """
-    with full_precision(queries.device.type):
+    with full_precision(queries):
         return _Walk(queries, docs, problem, dims, weights, needs, passes_class, prefix_passes or PrefixPasses()).run()
 
 

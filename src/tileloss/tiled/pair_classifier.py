@@ -35,7 +35,7 @@ def pair_logits(
         logits += bias[:, None]
     slices = _slices(weight.to(dtype), parts)
     blocks = _Blocks(first, second, parts, dtype)
-    with full_precision(first.device.type):
+    with full_precision(first):
         for rows, u, v in blocks:
             for feature, part in zip(blocks.features(u, v), slices, strict=True):
                 logits[:, rows].addmm_(part, feature.t())
@@ -60,7 +60,7 @@ def pair_logits_backward(
     )
     d_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if needs[2] else None
     blocks = _Blocks(first, second, parts, dtype)
-    with full_precision(first.device.type):
+    with full_precision(first):
         for rows, u, v in blocks:
             upstream = d_logits[rows]
             if d_weight is not None:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tileloss.backend import device_type
 from tileloss.paired import DISTANCES
 from tileloss.similarity import COSINE_FLOOR, NORM_FLOOR
 
@@ -96,7 +97,7 @@ def is_small_cosine(a: Tensor, b: Tensor, measure: str) -> bool:
         measure in ("cosine", "torch_cosine")
         and a.dtype == b.dtype
         and a.dtype in (torch.float32, torch.float64)
-        and a.numel() * a.element_size() <= _BLOCK_BYTES.get(a.device.type, _BLOCK_BYTES["cuda"])
+        and a.numel() * a.element_size() <= _BLOCK_BYTES.get(device_type(a), _BLOCK_BYTES["cuda"])
     )
 
 
@@ -141,7 +142,7 @@ def _slopes(
 
 def row_blocks(a: Tensor, dtype: torch.dtype) -> list[slice]:
     """The rows of a matrix, as many at a time as fit a block."""
-    room = _BLOCK_BYTES.get(a.device.type, _BLOCK_BYTES["cuda"])
+    room = _BLOCK_BYTES.get(device_type(a), _BLOCK_BYTES["cuda"])
     rows, width = a.shape
     step = max(room // (max(width, 1) * dtype.itemsize), 1)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]

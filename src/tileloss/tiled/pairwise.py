@@ -71,7 +71,7 @@ def pairwise_matrix(
     similarity: bool,
 ) -> Tensor:  # (N, M)
     """As `tileloss.reference.pairwise_matrix`, in blocks of rows; one GEMM for all metrics but Manhattan."""
-    with torch.no_grad(), full_precision(a.device.type):
+    with torch.no_grad(), full_precision(a):
         distance, left, right = _prepare(a, b, metric)
         result = torch.empty(len(a), len(right.rows), dtype=distance.dtype, device=a.device)
         for start, stop in _blocks(result):
@@ -98,7 +98,7 @@ def pairwise_matrix_backward(
 
     Two GEMMs for two gradients. Memory beside them: a copy of the inputs, and two blocks.
     """
-    with torch.no_grad(), full_precision(a.device.type):
+    with torch.no_grad(), full_precision(a):
         distance, left, right = _prepare(a, b, metric)
         d_left = torch.zeros_like(left.rows) if needs[0] else None
         # compared with itself, the rows collect what they get on either side

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tileloss.backend import device_type
 from tileloss.similarity import up
 
 # rows that are compared pair by pair: measured on a CPU, and on GPUs a guess on the safe side
@@ -26,7 +27,7 @@ def ranking_loss(
     labels: Tensor,  # (B,) without nan
 ) -> tuple[Tensor, Tensor]:
     """The loss, 0-dim, and its gradient (B,), in the dtype of the sums: float32, or float64 for float64 scores."""
-    few = FEW_ROWS.get(scores.device.type, FEW_ROWS["cuda"])
+    few = FEW_ROWS.get(device_type(scores), FEW_ROWS["cuda"])
     return _pair_by_pair(scores, labels) if len(scores) <= few else _sorted(scores, labels)
 
 

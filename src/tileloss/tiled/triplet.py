@@ -51,7 +51,7 @@ def triplet_loss(
     """
     problem = MiningProblem(len(labels), Classes.from_labels(labels), distance, margin, soft)
     miner = mining_class(problem, embeddings)
-    with full_precision(embeddings.device.type):
+    with full_precision(embeddings):
         prepared = miner.distance.prepare(embeddings)
         walk = _hard if mining == "hard" else _dense
         d_rows, terms = walk(miner, prepared, mining, gradients)
