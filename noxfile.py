@@ -11,7 +11,7 @@ nox.options.envdir = "build/nox"
 nox.options.default_venv_backend = "uv"
 nox.options.reuse_venv = "yes"
 
-NEWEST_TRITON = "3.9.0"
+NEWEST_PYTHON, NEWEST_TRITON = "3.13", "3.9.0"
 OF_THE_LIBRARY = "reference functional losses conformance integrations test_encoder.py test_run.py test_trainer.py"
 
 
@@ -21,6 +21,14 @@ def oldest(session: nox.Session) -> None:
     session.install("--resolution", "lowest-direct", "--editable", ".[dev]")
     session.run("pytest", *(f"tests/{name}" for name in OF_THE_LIBRARY.split()))
     check_kernels(session, may_spill=48)  # the configurations were chosen under newer compilers
+
+
+@nox.session(python=NEWEST_PYTHON)
+def newest_python(session: nox.Session) -> None:
+    """The functions, the losses and the kernels under the newest Python, with what constraints.txt names."""
+    session.install("--constraint", "constraints.txt", "--editable", ".[dev]")
+    session.run("pytest", *(f"tests/{name}" for name in OF_THE_LIBRARY.split()))
+    check_kernels(session, may_spill=48)  # of the Triton that this torch asks for
 
 
 @nox.session

@@ -187,10 +187,35 @@ def test_every_loss_is_here() -> None:
     assert CASES.keys() | NOT_OF_EMBEDDINGS == everything
 
 
+# by the inner loss: the first have one pass for all widths, TripletLoss is called for each
+INSIDE_MATRYOSHKA = {
+    "CoSENTLoss": Case(labels=grades),
+    "CosineSimilarityLoss": Case(labels=grades),
+    "TripletLoss": Case(3),
+}
+
+
+@pytest.mark.parametrize("name", INSIDE_MATRYOSHKA)
+def test_prefixes_of_every_inner_loss_are_one_graph(name: str) -> None:
+    if name == "TripletLoss" and torch.__version__ < TorchVersion("2.13"):
+        pytest.skip("earlier compilers cannot follow a forward that is replaced for the length of a call")
+    torch.compiler.reset()
+    case, counter, inner = INSIDE_MATRYOSHKA[name], CompileCounterWithBackend("eager"), made(name)
+    loss = losses.MatryoshkaLoss(inner.model, inner, [8, 4, 2])
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    before = set(vars(inner)), set(vars(inner.model))
+    for rows in SIZES:
+        batch = [{"sentence_embedding": torch.randn(rows, WIDTH, requires_grad=True)} for _ in range(case.columns)]
+        inputs = [features["sentence_embedding"] for features in batch]
+        found, expected = (stepped(function, batch, case.labels(rows), inputs) for function in (compiled, loss))
+        for ours, eager in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-6)
+    assert counter.frame_count == 2, "the first size, and then any"
+    assert (set(vars(inner)), set(vars(inner.model))) == before, "nothing is left replaced"
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_one_graph_and_another_for_all_other_sizes(name: str) -> None:
-    if name == "MatryoshkaLoss" and torch.__version__ < TorchVersion("2.13"):
-        pytest.skip("earlier compilers cannot follow an attribute that is replaced for the length of a call")
     torch.compiler.reset()
     case, counter = CASES[name], CompileCounterWithBackend("eager")
     function = of_embeddings(made(name))

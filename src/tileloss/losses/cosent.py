@@ -49,13 +49,12 @@ class CoSENTLoss(nn.Module):
     >>> loss([first_features, second_features], torch.tensor([0.9, 0.1])).backward()  # doctest: +SKIP
     """
 
-    _prefixes: Prefixes | None = None
-
     def __init__(self, model: nn.Module, scale: float = 20.0, similarity_fct: SimilarityFn = pairwise_cos_sim) -> None:
         super().__init__()
         self.model = model
         self.similarity_fct = similarity_fct
         self.scale = scale
+        self._prefixes: Prefixes | None = None
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor) -> Tensor:
         """The loss (0-dim) of one batch: a feature dict for each column, and a number for each pair."""

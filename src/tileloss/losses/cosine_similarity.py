@@ -40,8 +40,6 @@ class CosineSimilarityLoss(nn.Module):
     >>> loss([first_features, second_features], torch.tensor([0.9, 0.1])).backward()  # doctest: +SKIP
     """
 
-    _prefixes: Prefixes | None = None
-
     def __init__(
         self,
         model: nn.Module,
@@ -52,6 +50,7 @@ class CosineSimilarityLoss(nn.Module):
         self.model = model
         self.loss_fct = loss_fct
         self.cos_score_transformation = cos_score_transformation
+        self._prefixes: Prefixes | None = None
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor) -> Tensor:
         """The loss (0-dim) of one batch: a feature dict for each column, and a number for each pair."""

@@ -27,8 +27,6 @@ class GuidedLoss(nn.Module):
     Subclasses embed the columns by both models and call `loss_of_columns`.
     """
 
-    _prefixes: Prefixes | None = None
-
     def __init__(
         self,
         model: nn.Module,
@@ -61,6 +59,7 @@ class GuidedLoss(nn.Module):
         self.gather_across_devices = gather_across_devices
         self.cross_entropy_loss = nn.CrossEntropyLoss()
         self.stats: ContrastiveStats | None = None
+        self._prefixes: Prefixes | None = None
 
     def guide_features(self, features: Features) -> Features:
         """What the guide is given for a column or mini-batch, made before the model writes its outputs into it."""

@@ -63,8 +63,6 @@ class MultipleNegativesRankingLoss(nn.Module):
     >>> loss([query_features, document_features], None).backward()  # doctest: +SKIP
     """
 
-    _prefixes: Prefixes | None = None
-
     def __init__(
         self,
         model: nn.Module,
@@ -92,6 +90,7 @@ class MultipleNegativesRankingLoss(nn.Module):
         self.hardness_strength = hardness_strength
         self.exclude_same_label = exclude_same_label
         self.stats: ContrastiveStats | None = None
+        self._prefixes: Prefixes | None = None
         ContrastiveSpec(similarity_fct, self.directions, partition_mode, hardness_mode, hardness_strength)
         if hardness_mode is not None and hardness_strength == 0.0:
             logger.warning(

@@ -29,7 +29,7 @@ Prefixes = Mapping[int, float]  # width -> weight
 # similarities that are the cosine, once rows are of length one
 PRODUCTS = ("cosine", "torch_cosine", "dot")
 # what may not have been replaced in a loss whose calls are to be one for all widths
-_PARTS = {"forward", "compute_loss_from_embeddings", "calculate_loss"}
+_PARTS = ("forward", "compute_loss_from_embeddings", "calculate_loss")
 
 
 def at_prefixes(loss: nn.Module, model: nn.Module, prefixes: Prefixes) -> AbstractContextManager[None] | None:
@@ -40,7 +40,7 @@ def at_prefixes(loss: nn.Module, model: nn.Module, prefixes: Prefixes) -> Abstra
     """
     if type(loss).__module__.partition(".")[0] != "tileloss" or not hasattr(loss, "at_prefixes"):
         return None
-    if loss.model is not model or _PARTS & vars(loss).keys():
+    if loss.model is not model or any(part in vars(loss) for part in _PARTS):
         return None
     return loss.at_prefixes(prefixes)  # type: ignore[operator]
 
