@@ -25,7 +25,7 @@ demo: venv ## train an embedding model on code search, with plots and figures in
 	@.venv/bin/tileloss train --data builtin --output_dir runs/demo
 
 test: venv ## run the tests (those that need a GPU are left out where there is none)
-	@OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses 2
+	@OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses 2 --dist worksteal
 
 matrix: venv ## test under the oldest versions of all that is needed, and under the oldest and the newest Triton (8 GB)
 	@.venv/bin/nox

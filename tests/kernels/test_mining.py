@@ -174,7 +174,7 @@ def compute(x: Tensor, labels: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     return loss.detach(), torch.autograd.grad(loss, x)[0]
 
 
-SHAPES = [(2, 1, 1), (63, 65, 4), (100, 3, 30), (257, 3, 2)]
+SHAPES = [(2, 1, 1), (63, 65, 4), (70, 3, 30), (140, 3, 2)]
 CASES = [
     *((mining, "euclidean", 1.0, shape, torch.float32) for mining in MINING for shape in SHAPES),
     *((mining, "euclidean", 1.0, SHAPES[1], dtype) for mining in MINING for dtype in (torch.float16, torch.bfloat16)),
@@ -210,9 +210,8 @@ def test_two_runs_give_the_same_bits_and_strides_do_not_matter(
     strided = torch.zeros(5, 132, device=device).T[::2]
     strided.copy_(x)
     expected = compute(x, labels, mining=mining, backend="triton")
-    for again in (x, strided):
-        found = compute(again, labels[:, None], mining=mining, backend="triton")
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    found = compute(strided, labels[:, None], mining=mining, backend="triton")
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_equal_rows_have_no_distance(device: torch.device) -> None:

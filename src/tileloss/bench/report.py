@@ -63,8 +63,12 @@ def _cpu_name() -> str:
 
 def versions() -> dict[str, str | None]:
     """Python's version and those of the packages that matter; None for what is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "tileloss": tileloss.__version__}
-    for package in ("torch", "triton", "sentence-transformers"):
+    found: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "tileloss": tileloss.__version__,
+        "torch": torch.__version__,  # with the build, which a package from PyPI keeps out of its own version
+    }
+    for package in ("triton", "sentence-transformers"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
