@@ -28,7 +28,7 @@ def newest_python(session: nox.Session) -> None:
     """The functions, the losses and the kernels under the newest Python, with what constraints.txt names."""
     session.install("--constraint", "constraints.txt", "--editable", ".[dev]")
     session.run("pytest", *(f"tests/{name}" for name in OF_THE_LIBRARY.split()))
-    check_kernels(session, may_spill=48)  # of the Triton that this torch asks for
+    check_kernels(session, may_spill=24)  # by the Triton that this torch asks for
 
 
 @nox.session
