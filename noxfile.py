@@ -1,7 +1,8 @@
 """The ends of the ranges of versions in pyproject.toml, each in an environment of its own: `make matrix`.
 
 `make test` runs under what constraints.txt names. Here `oldest` takes the lowest version of everything that
-pyproject.toml names, and `newest_triton` the newest Triton, which few builds of torch bring.
+pyproject.toml names, `newest_python` the newest Python, and `newest_triton` the newest Triton, which few builds of
+torch bring.
 `build/nox/oldest/bin/pytest tests/losses` runs less.
 """
 
