@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tileloss.errors import InputError, ShapeError
+from tileloss.backend import use_backend
+from tileloss.errors import DtypeError, InputError, ShapeError
 from tileloss.losses import SoftmaxLoss
 
 oracle = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
@@ -138,6 +139,33 @@ def test_calls_refuse_what_the_oracle_refuses(backend: str) -> None:
             oracle.SoftmaxLoss(Identity(), 3, 3)(features, labels)
         with pytest.raises(type(theirs.value), match=message):
             SoftmaxLoss(Identity(), 3, 3)(features, labels)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "error", "message"),
+    [
+        (torch.randn(4, 3), torch.randn(4, 1), ShapeError, "row i of both is one pair"),
+        (torch.randn(4, 2), torch.randn(4, 2), ShapeError, "3 vectors of 2 numbers"),
+        (torch.randn(4), torch.randn(4), ShapeError, "must be a matrix"),
+        (torch.randn(2, 4, 9), torch.randn(2, 4, 9), ShapeError, "must be a matrix"),  # as wide as the layer
+        (torch.ones(4, 3).long(), torch.ones(4, 3).long(), DtypeError, "floating-point"),
+    ],
+    ids=["widths", "layer", "vectors", "stacked", "integers"],
+)
+def test_few_pairs_that_do_not_fit_are_refused_with_the_reason(
+    first: Tensor, second: Tensor, error: type[Exception], message: str
+) -> None:
+    """Of their own accord few pairs go to the layer as they are, which would say less, or take what it should not."""
+    with pytest.raises(error, match=message):
+        SoftmaxLoss(Identity(), 3, 3)([{"sentence_embedding": x} for x in (first, second)], classes(4))
+
+
+def test_few_narrow_pairs_are_read_in_the_dtype_of_the_layer() -> None:
+    embeddings = [{"sentence_embedding": x} for x in pair(4, 3, torch.bfloat16)]
+    loss = SoftmaxLoss(Identity(), 3, 3)
+    with use_backend("reference"):
+        expected = loss(embeddings, classes(4))
+    assert torch.equal(loss(embeddings, classes(4)), expected)
 
 
 def test_some_feature_is_needed() -> None:

@@ -77,8 +77,10 @@ def are_few(
     second: Tensor,  # (B, D)
 ) -> bool:
     """Whether blocks would not pay for these pairs: their features may go to the layer as they are."""
+    shape = first.shape
     return (
-        first.shape == second.shape
+        len(shape) == 2
+        and second.shape == shape
         and backend.is_small(first, first.numel() // _NUMBERS_PER_SIMILARITY)
         and not is_autocast_enabled(backend.device_type(first))
     )
