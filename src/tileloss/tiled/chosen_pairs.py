@@ -79,7 +79,7 @@ def _runs(
 ) -> Iterator[tuple[slice, slice]]:
     """Right rows and the pairs that chose them, some rows at a time; on a GPU all at once, lest the host wait."""
     count = len(bounds) - 1
-    step = _ROWS_AT_ONCE if bounds.device.type == "cpu" else max(count, 1)
+    step = _ROWS_AT_ONCE if bounds.is_cpu else max(count, 1)
     for start in range(0, count, step):
         rows = slice(start, min(start + step, count))
         if step < count:

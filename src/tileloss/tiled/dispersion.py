@@ -107,7 +107,7 @@ def dispersion_backward(
 
 def _step(embeddings: Tensor, measure: Dot) -> int:
     size, width = embeddings.shape
-    if embeddings.device.type != "cpu":
+    if not embeddings.is_cpu:
         return blocks.rows_per_block(size, width, measure.rows.dtype, embeddings.device)
     return max(_PREPARED_BYTES // (width * measure.rows.dtype.itemsize), blocks.MIN_ROWS["cpu"])
 

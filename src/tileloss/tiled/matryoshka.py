@@ -279,7 +279,7 @@ class _Walk:
 
     def _part_entries(self) -> int:
         """Of a part, unless one row has more: on a GPU, where a pass is one kernel, a part is a whole block."""
-        return _PART_BYTES // self.dtype.itemsize if self.weights.device.type == "cpu" else sys.maxsize
+        return _PART_BYTES // self.dtype.itemsize if self.weights.is_cpu else sys.maxsize
 
 
 class _GuideOfBlock(GuideBlocks):

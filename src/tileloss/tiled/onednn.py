@@ -50,8 +50,7 @@ def has_wide_units_of_amd(cpuinfo: str) -> bool:
 def serves(*tensors: Tensor) -> bool:
     """Whether these operands and results are ones for oneDNN: float32 on such a CPU, and large enough."""
     return (
-        all(x.dtype == torch.float32 and x.device.type == "cpu" and min(x.shape) >= _SMALLEST for x in tensors)
-        and is_faster_here()
+        all(x.dtype == torch.float32 and x.is_cpu and min(x.shape) >= _SMALLEST for x in tensors) and is_faster_here()
     )
 
 

@@ -84,6 +84,6 @@ def coefficients(
 
 
 def _parts(x: Tensor) -> Iterator[slice]:
-    rows = max(_PART_BYTES // max(x.shape[1] * x.element_size(), 1), 1) if x.device.type == "cpu" else len(x)
+    rows = max(_PART_BYTES // max(x.shape[1] * x.element_size(), 1), 1) if x.is_cpu else len(x)
     for start in range(0, len(x), max(rows, 1)):
         yield slice(start, start + rows)
