@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tileloss import reference
 from tileloss.errors import DeviceError, DtypeError, InputError, ShapeError
 from tileloss.functional import paired_distance, paired_similarity
 
@@ -194,9 +195,28 @@ def test_small_batches_of_products_take_the_definition(monkeypatch: pytest.Monke
     called = []
     measured = pairs_module.block_pairs
     monkeypatch.setattr(pairs_module, "block_pairs", lambda *inputs: called.append(inputs) or measured(*inputs))
-    for size, similarity, blocks in ((2048, "dot", 0), (2049, "dot", 1), (1, "cosine", 2)):
+    cases = ((4096, "dot", 0), (4097, "dot", 1), (640, "euclidean", 1), (641, "euclidean", 2), (1, "cosine", 3))
+    for size, similarity, blocks in cases:
         paired_similarity(*matrices(size, 256, dtype=torch.float32), similarity=similarity)
         assert len(called) == blocks
+
+
+@pytest.mark.parametrize(("size", "columns", "stacked"), [(128, 3, True), (129, 3, False), (128, 2, False)])
+def test_few_numbers_of_many_matrices_are_stacked(
+    size: int, columns: int, stacked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dimensions = []
+    measure = reference.paired_measure
+    monkeypatch.setattr(
+        reference, "paired_measure", lambda a, b, *options: dimensions.append(b.ndim) or measure(a, b, *options)
+    )
+    a, *others = [x.requires_grad_() for x in matrices(size, 256, 1 + columns, torch.float32)]
+    found = paired_similarity(a, others, similarity="dot")
+    assert dimensions == ([3] if stacked else [2] * columns)
+    torch.testing.assert_close(found, torch.stack([(a * x).sum(dim=1) for x in others], dim=1))
+    gradients = torch.autograd.grad(found.sum(), [a, *others])
+    for gradient, expected in zip(gradients, [sum(others), *[a] * columns], strict=True):
+        torch.testing.assert_close(gradient, expected)
 
 
 def test_two_runs_give_the_same_bits() -> None:

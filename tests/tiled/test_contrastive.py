@@ -213,6 +213,23 @@ def test_no_gemm_more_than_stated(
     assert work.units == pytest.approx(gemms, rel=0.02 if "query_to_query" in directions else 1e-9)
 
 
+@pytest.mark.parametrize(("directions", "gemms"), [(SYMMETRIC, 3), (DIRECTIONS, 9)])
+@pytest.mark.parametrize(("room", "repeated"), [(1, False), (0, True)])  # of a batch whose matrices fill a block
+def test_similarities_that_fit_a_block_are_computed_once(
+    directions: tuple[str, ...], gemms: int, room: int, repeated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size, matrices = 64, len(directions) - 1  # doc_to_query has none of its own
+    blocks = importlib.import_module("tileloss.tiled.blocks")
+    held = matrices + tiled.Passes.blocks_held
+    monkeypatch.setitem(blocks.MIN_ROWS, "cpu", 1)
+    monkeypatch.setitem(blocks.BLOCK_BYTES, "cpu", held * size * size * 4 - 1 + room)
+    work = Work()
+    work.spy_on(monkeypatch, size * size * 4)
+    queries, docs = torch.randn(size, 4), torch.randn(size, 4)
+    tiled.contrastive_loss(queries, docs, 5.0, ContrastiveSpec("dot", directions), None, None, ALL)
+    assert work.units == gemms + (matrices if repeated else 0)
+
+
 def test_small_probabilities_are_not_skipped(small_blocks: int) -> None:
     """A thousand negatives, none above a probability of 2 ** -12 as a rule, together make up the gradient."""
     torch.manual_seed(0)

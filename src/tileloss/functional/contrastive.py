@@ -235,7 +235,11 @@ def choose_backend(queries: Tensor, docs: Tensor, spec: ContrastiveSpec, similar
         return "reference"  # whatever is asked for: without numbers there are no blocks, and the result is known
     # of mixed inputs the wider one decides, for they are computed in its dtype
     widest = queries if queries.element_size() >= docs.element_size() else docs
-    similarities = len(queries) * len(docs) if similarities is None else similarities
+    if similarities is None:
+        similarities = len(queries) * len(docs)
+        # both directions of one matrix are walked twice, which on a CPU pays from 512 x 512 on
+        if widest.is_cpu and len(spec.directions) == 2 and "doc_to_query" in spec.directions:
+            similarities //= 4
     return backend.choose(widest, similarities, _obstacles(spec, queries, docs)).backend
 
 

@@ -21,12 +21,16 @@ from tileloss.paired import DISTANCES, PAIRED
 from tileloss.similarity import full_precision
 
 _SIMILARITIES = tuple(PAIRED.functions)
-# of a number, against one of a similarity in a matrix: on a CPU blocks of cosines always pay, those of angles from 40
-# rows of 768; what autograd does for products and distances is little more than has to be: theirs pay from 700 rows on
+# of a number, against one of a similarity in a matrix. On a CPU blocks of cosines always pay, those of angles from 40
+# rows of 768; what autograd does for products and distances is little more than has to be: theirs pay from 200 rows on
+# for roots of sums of squares, and from 1,300 on for the others, which nothing but memory speaks for before
 _WORTH = {"cosine": 1e6, "torch_cosine": 1e6, "angle": 2.2} | dict.fromkeys(("dot", *DISTANCES), 1 / 8)
+_WORTH_ON_CPU = _WORTH | dict.fromkeys(("dot", *DISTANCES), 1 / 16) | {"euclidean": 0.4}
 # so many matrices are stacked for the definition: a small batch waits for the number of operations, and for two the
-# copies cost what the operations saved would
+# copies cost what the operations saved would. On a CPU they do so for any number of matrices, once a matrix has so
+# many numbers that PyTorch takes a second thread for an operation
 _STACKED_FROM = 3
+_LARGEST_STACKED_ON_CPU = 32_768
 _METRICS = (*DISTANCES, "cosine", "torch_cosine")
 
 
@@ -147,7 +151,7 @@ def paired_columns(
 
 
 def _definition(a: Tensor, others: Sequence[Tensor], measure: str, eps: float) -> Sequence[Tensor] | Tensor:
-    if len(others) < _STACKED_FROM:
+    if len(others) < _STACKED_FROM or (a.is_cpu and a.numel() > _LARGEST_STACKED_ON_CPU):
         return [reference.paired_measure(a, other, measure, eps) for other in others]
     return reference.paired_measure(a, torch.stack(list(others)), measure, eps)
 
@@ -217,4 +221,5 @@ def _backend(a: Tensor, others: list[Tensor], measure: str) -> str:
     widest = a  # of mixed inputs it decides, for they are computed in its dtype
     for x in others:
         widest = x if x.dtype != widest.dtype and x.element_size() > widest.element_size() else widest
-    return backend.choose(widest, int(size * _WORTH.get(measure, 1.0))).backend
+    worth = (_WORTH_ON_CPU if a.is_cpu else _WORTH)[measure]
+    return backend.choose(widest, int(size * worth)).backend

@@ -7,7 +7,7 @@ gradient of their logits in place, and multiplied back into the gradients of bot
 * statistics first: with doc_to_query, a row's normaliser needs a whole column, so a first walk collects log-sum-exps
   of rows and columns and a second recomputes the blocks into gradients. query_to_doc and doc_to_query share their
   blocks (four GEMMs instead of six), and the symmetric matrices are walked over their upper triangle (two instead of
-  three).
+  three). Where all similarities fit a block's memory they stay between the walks, which spares each its second GEMM.
 
 The walks (`tiled/walk.py`) are the same on every device. What happens to a block between its GEMMs is the business of
 a `Passes` object, in PyTorch (`tiled/passes.py`) or in Triton (`tileloss.kernels.passes`). A batch that is spread over

@@ -26,6 +26,7 @@ class RingWalk(Walk):
     """As `Walk`, with statistics first whatever the objective, and each matrix a chunk of columns at a time."""
 
     finishes_rows = False
+    keeps = False  # a matrix comes in chunks
 
     def _lay_out(self, wants_left: bool, wants_right: bool) -> None:
         self.d_left = self._zeros(len(self.left)) if wants_left else None

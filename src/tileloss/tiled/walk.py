@@ -87,6 +87,7 @@ class Walk:
         self.left_products: Tensor | float = 0.0  # of the finished blocks: the sum of d_left * left
         self.triangular = self.similarity.symmetric and self._has("doc_to_query") and part.is_whole
         self._lay_out(wants_left and not self.by_block, needs.docs or needs.scale)
+        self.similarities: dict[str, Tensor] = {}  # of matrices that the first walk leaves to the second
 
     def _lay_out(self, wants_left: bool, wants_right: bool) -> None:
         """Rows that are columns somewhere come together from all processes, and their gradients' sums with them."""
@@ -174,7 +175,10 @@ class Walk:
         if self.gradients:
             for matrix in self._matrices(gradients=True):
                 for tile, block in self._blocks(matrix):
-                    kept = self._fill(matrix, tile, block)
+                    if matrix.direction in self.similarities:
+                        block, kept = self.similarities.pop(matrix.direction), None
+                    else:
+                        kept = self._fill(matrix, tile, block)
                     self._pull(matrix, tile, self.passes.gradient(tile, block, by_row, by_twin), kept)
         return normalisers[:, part.rows].mean(dim=0)
 
@@ -188,6 +192,8 @@ class Walk:
                 return
         for tile, block in self._blocks(matrix):
             self._fill(matrix, tile, block)
+            if self.keeps:
+                self.similarities[matrix.direction] = block.clone()
             yield tile, *self.passes.normalisers(tile, block)
 
     def _matrices(self, gradients: bool = False) -> Iterable[Matrix]:
@@ -246,6 +252,13 @@ class Walk:
         if self.d_queries is not None:
             saved = self.left_saved[rows] if self.left_saved is not None else None
             self.d_queries[rows] = self.similarity.finish(d_left, left, saved, self._factor)
+
+    @functools.cached_property
+    def keeps(self) -> bool:
+        """Whether all matrices of products fit a block, so that they stay between the two walks and spare a GEMM."""
+        columns = [len(matrix.right) for matrix in self._matrices()]
+        held = sum(columns) + self.passes.blocks_held * max(columns)
+        return self.gradients and self.similarity.is_product and self._rows_per_block(held) == self.part.count
 
     def _rows_per_block(self, columns: int) -> int:
         return rows_per_block(self.part.count, columns, self.passes.dtype, self.queries.device)
