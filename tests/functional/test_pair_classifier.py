@@ -210,7 +210,7 @@ def test_small_batches_take_the_definition(monkeypatch: pytest.MonkeyPatch) -> N
     called = []
     module = importlib.import_module("tileloss.functional.pair_classifier")
     monkeypatch.setattr(module, "block_pair_logits", lambda *given: called.append(given))
-    for size, blocks in ((32, 0), (256, 0), (257, 1)):
+    for size, blocks in ((32, 0), (682, 0), (683, 1)):
         pair_logits(*inputs(size, 768, dtype=torch.float32))
         assert len(called) == blocks
 

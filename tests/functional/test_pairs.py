@@ -201,7 +201,7 @@ def test_small_batches_of_products_take_the_definition(monkeypatch: pytest.Monke
         assert len(called) == blocks
 
 
-@pytest.mark.parametrize(("size", "columns", "stacked"), [(128, 3, True), (129, 3, False), (128, 2, False)])
+@pytest.mark.parametrize(("size", "columns", "stacked"), [(32, 4, True), (33, 4, False), (32, 2, False)])
 def test_few_numbers_of_many_matrices_are_stacked(
     size: int, columns: int, stacked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -19,6 +19,9 @@ from .judge import SUBJECT
 
 oracle = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
 pytestmark = pytest.mark.skipif(SUBJECT == "triton", reason="has no kernels")
+
+# a draw runs two encoders and two decoders, forward and backward, and varies little: of a long search this has a tenth
+few_draws = settings(max_examples=max(settings().max_examples // 10, min(settings().max_examples, 40)))
 
 WORDS = 42  # of the vocabulary, of which 0 is padding
 
@@ -47,6 +50,7 @@ def texts(draw: st.DrawFn, rows: int) -> dict[str, Tensor]:
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
+@few_draws
 @given(st.data())
 def test_the_oracles_answer(both: tuple[nn.Module, nn.Module], data: st.DataObject) -> None:
     rows = data.draw(st.integers(1, 5))
@@ -57,6 +61,7 @@ def test_the_oracles_answer(both: tuple[nn.Module, nn.Module], data: st.DataObje
         torch.testing.assert_close(found[name], value, rtol=1e-8, atol=1e-10, equal_nan=True)
 
 
+@few_draws
 @given(st.data())
 def test_columns_are_left_as_they_were(both: tuple[nn.Module, nn.Module], data: st.DataObject) -> None:
     columns = [data.draw(texts(2)) for _ in range(2)]

@@ -88,6 +88,9 @@ TARGETS = (
     Target("mega_batch", 64, speed_up=1.0),
     *(Target(name, 32, speed_up=1.0) for name in ("matryoshka", "tension_in_batch", "orthogonal", "cosent", "angle")),
     *(Target(name, 32, speed_up=1.0) for name in PAIR_LOSSES),
+    *(Target(name, 256, speed_up=1.0) for name in PAIR_LOSSES),
+    *(Target(name, 256, speed_up=1.0) for name in ("orthogonal", "cosent", "angle")),
+    *(Target(name, 512, speed_up=1.0) for name in ("symmetric", "tension_in_batch", "matryoshka")),
 )
 
 

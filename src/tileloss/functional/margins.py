@@ -17,7 +17,9 @@ from tileloss.functional.second_derivative import gradients_by_definition
 from tileloss.similarity import full_precision, up
 from tileloss.tiled import margins as tiled
 
-_WORTH = 1 / 4  # of a number, against one of a similarity in a matrix
+# of a number, against one of a similarity in a matrix. On a CPU the definition is the faster one at 700 rows of
+# 768, and as fast at 2,000
+_WORTH, _WORTH_ON_CPU = 1 / 4, 1 / 16
 
 
 def dot_margins(
@@ -35,7 +37,8 @@ def dot_margins(
         inputs and gradients: a few numbers a row, and a block of a few MB on a CPU.
     """
     queries, positives, negatives = aligned_rows(queries, (positives, negatives))
-    chosen = backend.choose(queries, int(queries.numel() * _WORTH)).backend if queries.numel() else "reference"
+    worth = _WORTH_ON_CPU if queries.is_cpu else _WORTH
+    chosen = backend.choose(queries, int(queries.numel() * worth)).backend if queries.numel() else "reference"
     if chosen == "triton":
         to_positive, to_negative = paired_columns(queries, (positives, negatives), "dot")
         return to_positive - to_negative

@@ -23,9 +23,9 @@ from tileloss.similarity import full_precision
 
 _OBSTACLES = {"triton": "the classifier over pairs has no kernels: it is GEMMs of PyTorch's on every device"}
 
-# numbers in one side's embeddings to one of the similarities by which backends are chosen: measured on two CPU cores,
-# where both forms take the same time at about 200 pairs of width 768
-_NUMBERS_PER_SIMILARITY = 3
+# numbers in one side's embeddings to one of the similarities by which backends are chosen. On two CPU cores both forms
+# take the same time at 200 pairs of width 768 or at 1,000 of them, by what else the caches hold
+_NUMBERS_PER_SIMILARITY, _NUMBERS_PER_SIMILARITY_ON_CPU = 3, 8
 
 
 @backend.accepts_backend
@@ -81,9 +81,13 @@ def are_few(
     return (
         len(shape) == 2
         and second.shape == shape
-        and backend.is_small(first, first.numel() // _NUMBERS_PER_SIMILARITY)
+        and backend.is_small(first, _similarities(first))
         and not is_autocast_enabled(backend.device_type(first))
     )
+
+
+def _similarities(first: Tensor) -> int:
+    return first.numel() // (_NUMBERS_PER_SIMILARITY_ON_CPU if first.is_cpu else _NUMBERS_PER_SIMILARITY)
 
 
 def logits_of_pairs(
@@ -98,7 +102,7 @@ def logits_of_pairs(
     first, second = (x if x.layout is torch.strided else x.to_dense() for x in (first, second))
     # Triton is refused by name alone: of an automatic choice it means blocks, and those are the fastest there is
     obstacles = _OBSTACLES if backend.requested() == "triton" else None
-    chosen = backend.choose(first, first.numel() // _NUMBERS_PER_SIMILARITY, obstacles).backend
+    chosen = backend.choose(first, _similarities(first), obstacles).backend
     if chosen == "reference" or first.numel() == 0:  # without numbers there are no blocks
         with full_precision(first):
             return definition(first, second, weight, bias, parts)

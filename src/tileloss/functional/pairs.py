@@ -27,8 +27,8 @@ _SIMILARITIES = tuple(PAIRED.functions)
 _WORTH = {"cosine": 1e6, "torch_cosine": 1e6, "angle": 2.2} | dict.fromkeys(("dot", *DISTANCES), 1 / 8)
 _WORTH_ON_CPU = _WORTH | dict.fromkeys(("dot", *DISTANCES), 1 / 16) | {"euclidean": 0.4}
 # so many matrices are stacked for the definition: a small batch waits for the number of operations, and for two the
-# copies cost what the operations saved would. On a CPU they do so for any number of matrices, once a matrix has so
-# many numbers that PyTorch takes a second thread for an operation
+# copies cost what the operations saved would. On a CPU they do so for any number of matrices, once the stack has so
+# many numbers that PyTorch takes a second thread for an operation, and the C library new pages for the memory
 _STACKED_FROM = 3
 _LARGEST_STACKED_ON_CPU = 32_768
 _METRICS = (*DISTANCES, "cosine", "torch_cosine")
@@ -151,7 +151,7 @@ def paired_columns(
 
 
 def _definition(a: Tensor, others: Sequence[Tensor], measure: str, eps: float) -> Sequence[Tensor] | Tensor:
-    if len(others) < _STACKED_FROM or (a.is_cpu and a.numel() > _LARGEST_STACKED_ON_CPU):
+    if len(others) < _STACKED_FROM or (a.is_cpu and a.numel() * len(others) > _LARGEST_STACKED_ON_CPU):
         return [reference.paired_measure(a, other, measure, eps) for other in others]
     return reference.paired_measure(a, torch.stack(list(others)), measure, eps)
 
