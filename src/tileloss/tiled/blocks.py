@@ -16,6 +16,17 @@ _STEP = 64
 
 def rows_per_block(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
     """Rows of a block of `columns` columns: what fits `BLOCK_BYTES`, at least `MIN_ROWS`, and at most `rows`."""
-    kind = device.type if device.type in BLOCK_BYTES else "cuda"
-    fitting = BLOCK_BYTES[kind] // (columns * dtype.itemsize) // _STEP * _STEP
-    return min(max(fitting, MIN_ROWS[kind]), rows)
+    return min(max(_fitting(columns, dtype, device), MIN_ROWS[_kind(device)]), rows)
+
+
+def fit_one_block(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether all rows of a matrix of `columns` columns fit `BLOCK_BYTES`."""
+    return rows <= _fitting(columns, dtype, device)
+
+
+def _fitting(columns: int, dtype: torch.dtype, device: torch.device) -> int:
+    return BLOCK_BYTES[_kind(device)] // (columns * dtype.itemsize) // _STEP * _STEP
+
+
+def _kind(device: torch.device) -> str:
+    return device.type if device.type in BLOCK_BYTES else "cuda"

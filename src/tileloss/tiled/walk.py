@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tileloss.similarity import ready_dtype
 from tileloss.tiled.block_similarity import block_similarity
-from tileloss.tiled.blocks import rows_per_block
+from tileloss.tiled.blocks import fit_one_block, rows_per_block
 from tileloss.tiled.part import Part
 from tileloss.tiled.passes import NEG_INF, Passes
 from tileloss.tiled.similarity import RowwiseCallable
@@ -258,7 +258,8 @@ class Walk:
         """Whether all matrices of products fit a block, so that they stay between the two walks and spare a GEMM."""
         columns = [len(matrix.right) for matrix in self._matrices()]
         held = sum(columns) + self.passes.blocks_held * max(columns)
-        return self.gradients and self.similarity.is_product and self._rows_per_block(held) == self.part.count
+        fit = fit_one_block(self.part.count, held, self.passes.dtype, self.queries.device)
+        return self.gradients and self.similarity.is_product and fit
 
     def _rows_per_block(self, columns: int) -> int:
         return rows_per_block(self.part.count, columns, self.passes.dtype, self.queries.device)
