@@ -28,7 +28,11 @@ if torch.__version__ < "2.12":
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the tests marked `gpu` on a machine without one; pytest counts them as deselected."""
+    """Begin with the tests that take minutes, lest one process wait for them at the end while the others have nothing.
+
+    Leave out those marked `gpu` on a machine without one; pytest counts them as deselected.
+    """
+    items.sort(key=lambda item: item.path.name != "test_in_interpreter.py")
     if torch.cuda.is_available() or torch.xpu.is_available():
         return
     gpu = [item for item in items if item.get_closest_marker("gpu")]
