@@ -14,6 +14,7 @@ from tileloss import backend, reference, tiled
 from tileloss.backend import choose, explain, requested, use_backend
 from tileloss.errors import BackendError, FallbackWarning, InputError, ShapeError
 from tileloss.functional import contrastive_loss
+from tileloss.spec import DIRECTIONS
 
 LARGE = 10**9
 
@@ -51,6 +52,17 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     for name, module in (("reference", reference), ("tiled", tiled)):
         monkeypatch.setattr(module, "contrastive_loss", spy(name, module.contrastive_loss))
     return names
+
+
+@pytest.mark.parametrize(
+    ("directions", "largest"),
+    [(("query_to_doc",), 256), (("query_to_doc", "doc_to_query"), 512), (DIRECTIONS, 256)],
+    ids=["one", "both", "four"],
+)
+def test_small_batches_are_materialised_on_a_cpu(directions: tuple[str, ...], largest: int, ran: list[str]) -> None:
+    for size in (largest, largest + 2):
+        contrastive_loss(torch.randn(size, 2), torch.randn(size, 2), directions=directions)
+    assert ran == ["reference", "tiled"]
 
 
 def test_nesting_restores_what_was_asked_for_outside() -> None:

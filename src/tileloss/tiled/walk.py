@@ -87,7 +87,7 @@ class Walk:
         self.left_products: Tensor | float = 0.0  # of the finished blocks: the sum of d_left * left
         self.triangular = self.similarity.symmetric and self._has("doc_to_query") and part.is_whole
         self._lay_out(wants_left and not self.by_block, needs.docs or needs.scale)
-        self.similarities: dict[str, Tensor] = {}  # of matrices that the first walk leaves to the second
+        self.filled: dict[str, Tensor] = {}  # blocks that the first walk leaves to the second
 
     def _lay_out(self, wants_left: bool, wants_right: bool) -> None:
         """Rows that are columns somewhere come together from all processes, and their gradients' sums with them."""
@@ -175,8 +175,8 @@ class Walk:
         if self.gradients:
             for matrix in self._matrices(gradients=True):
                 for tile, block in self._blocks(matrix):
-                    if matrix.direction in self.similarities:
-                        block, kept = self.similarities.pop(matrix.direction), None
+                    if matrix.direction in self.filled:
+                        block, kept = self.filled.pop(matrix.direction), None
                     else:
                         kept = self._fill(matrix, tile, block)
                     self._pull(matrix, tile, self.passes.gradient(tile, block, by_row, by_twin), kept)
@@ -193,7 +193,7 @@ class Walk:
         for tile, block in self._blocks(matrix):
             self._fill(matrix, tile, block)
             if self.keeps:
-                self.similarities[matrix.direction] = block.clone()
+                self.filled[matrix.direction] = block.clone()
             yield tile, *self.passes.normalisers(tile, block)
 
     def _matrices(self, gradients: bool = False) -> Iterable[Matrix]:
