@@ -175,10 +175,7 @@ class Walk:
         if self.gradients:
             for matrix in self._matrices(gradients=True):
                 for tile, block in self._blocks(matrix):
-                    if matrix.direction in self.filled:
-                        block, kept = self.filled.pop(matrix.direction), None
-                    else:
-                        kept = self._fill(matrix, tile, block)
+                    block, kept = self._again(matrix, tile, block)
                     self._pull(matrix, tile, self.passes.gradient(tile, block, by_row, by_twin), kept)
         return normalisers[:, part.rows].mean(dim=0)
 
@@ -231,6 +228,11 @@ class Walk:
             assert isinstance(self.similarity, RowwiseCallable)
             return self.similarity.fill_transposed(block, left, right)
         return self.similarity.fill(block, left, right)
+
+    def _again(self, matrix: Matrix, tile: Tile, block: Tensor) -> tuple[Tensor, object]:
+        """A tile's similarities for the second walk, and what `pull` needs beside their gradient (products: none)."""
+        left_here = self.filled.pop(matrix.direction, None)
+        return (block, self._fill(matrix, tile, block)) if left_here is None else (left_here, None)
 
     def _pull(self, matrix: Matrix, tile: Tile, grad: Tensor, kept: object) -> None:
         rows, columns = matrix.rows(tile), matrix.columns(tile)
