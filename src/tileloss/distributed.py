@@ -33,6 +33,7 @@ from tileloss.functional.contrastive import Call, ContrastiveStats, check_call
 from tileloss.functional.contrastive_op import block_loss, wanted
 from tileloss.functional.contrastive_part import definition_of_part
 from tileloss.similarity import full_precision, similarity_fct_name, up_dtype
+from tileloss.tiled.part import Part
 
 EXCHANGES = ("auto", "gather", "ring")
 # gathered embeddings and the sums of their gradient in each process: a batch of 65,536 pairs of width 768 in float32
@@ -121,10 +122,23 @@ def loss_of_batch(
             processes, what it raises on one is an error on all.
         gather_across_devices: True for "auto", or one of `EXCHANGES`.
     """
-    if not _has_group():
-        _warn_once("gather_across_devices without an initialised process group: the local batch is used.")
+    _warn_of_no_group()
     exchange = gather_across_devices if isinstance(gather_across_devices, str) else "auto"
     return _contrastive(inputs, exchange, None)
+
+
+def part_of_batch(inputs: Callable[[], dict[str, Any]], gather_across_devices: bool | str) -> Part:
+    """The rows of this process in the batch of all, for a loss class that computes its loss by itself.
+
+    Args:
+        inputs: as in `loss_of_batch`. They are checked and, if they are to be gathered, compared: nothing else.
+        gather_across_devices: if not, or if there are no other processes, this process has the whole batch.
+    """
+    if gather_across_devices:
+        _warn_of_no_group()
+    if not (gather_across_devices and is_distributed()):
+        return Part(len(inputs()["queries"]))
+    return torch.compiler.disable(lambda: GroupPart(_agreed(inputs, "by functions of the user's own", None)[1]))()
 
 
 def is_distributed(group: dist.ProcessGroup | None = None) -> bool:
@@ -144,11 +158,11 @@ def check_gather(gather_across_devices: bool | str) -> None:
         )
 
 
-def _warn_once(message: str) -> None:
+def _warn_of_no_group() -> None:
     global _warned
-    if not _warned:
+    if not (_has_group() or _warned):
         _warned = True
-        logger.warning(message)
+        logger.warning("gather_across_devices without an initialised process group: the local batch is used.")
 
 
 def _contrastive(
@@ -165,9 +179,7 @@ def _contrastive(
 def _over_processes(
     inputs: Callable[[], dict[str, Any]], exchange: str, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, ContrastiveStats]:
-    call, sizes = agree(
-        lambda: _checked(**inputs()), lambda call: (len(call.queries), _meaning(call, exchange)), group
-    )
+    call, sizes = _agreed(inputs, exchange, group)
     columns = len(call.docs) // len(call.queries)
     is_ring = call.guide is None and (exchange == "ring" or (exchange == "auto" and _is_large(call, sizes)))
     # by numbers that all processes know, for all must take the definition or none
@@ -179,6 +191,13 @@ def _over_processes(
     else:
         loss, stats = block_loss(*call, chosen, part)
     return loss, ContrastiveStats(*stats.unbind())
+
+
+def _agreed(
+    inputs: Callable[[], dict[str, Any]], exchange: str, group: dist.ProcessGroup | None
+) -> tuple[Call, list[int]]:
+    """The call of this process, which fits those of the others, and the number of rows of each."""
+    return agree(lambda: _checked(**inputs()), lambda call: (len(call.queries), _meaning(call, exchange)), group)
 
 
 def _checked(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from batches import CROSS, Batch, case, compare_outcomes, gradient, mean, small_pieces
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import tileloss
+from tileloss.errors import InputError
 from tileloss.losses import (
     CachedGISTEmbedLoss,
     CachedMultipleNegativesRankingLoss,
@@ -78,10 +80,8 @@ def the_oracles_guided_loss() -> None:
 
     for columns, anchors, positives, strategy in ((3, True, True, "relative"), (2, True, False, "absolute")):
         batch, guide = Batch.random(columns), Batch.random(columns, width=4)
-        settings = {
-            "temperature": 0.25, "margin_strategy": strategy, "margin": 0.1, "contrast_anchors": anchors,
-            "contrast_positives": positives, "gather_across_devices": True, "must_retokenize": False,
-            "similarity_fct": nn.CosineSimilarity(dim=-1), "cross_entropy_loss": nn.CrossEntropyLoss(),
+        settings = guided_settings() | {
+            "margin_strategy": strategy, "contrast_anchors": anchors, "contrast_positives": positives
         }  # fmt: skip
         theirs, ours = bare(oracle.GISTEmbedLoss, settings), bare(GuidedLoss, settings)
         leaves = [column.requires_grad_() for column in batch.part]
@@ -98,6 +98,74 @@ def the_oracles_guided_loss() -> None:
         for gather in (True, "ring"):
             ours = bare(CachedGISTEmbedLoss, settings | {"gather_across_devices": gather})
             compare_outcomes(through_the_cache(ours, batch.part, guide.part), expected)
+
+
+class Halved(nn.CosineSimilarity):
+    """A similarity that is no setting of the stock one."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return 0.5 * super().forward(a, b)
+
+
+REPLACED: list[dict[str, Any]] = [
+    {"similarity_fct": Halved(dim=-1), "margin": 0.1},
+    # nothing is ruled out, because smoothing spreads over what is
+    {"cross_entropy_loss": nn.CrossEntropyLoss(label_smoothing=0.1), "margin": -10.0},
+]
+
+
+@case
+def the_oracles_guided_loss_by_replaced_functions() -> None:
+    if dist.get_world_size() > 2:
+        return  # two show it, and it is slow to import
+    from sentence_transformers.sentence_transformer import losses as oracle
+
+    batch, guide = Batch.random(3), Batch.random(3, width=4)
+    leaves = [column.requires_grad_() for column in batch.part]
+    for replaced in REPLACED:
+        settings = guided_settings() | replaced
+        theirs, ours = bare(oracle.GISTEmbedLoss, settings), bare(GuidedLoss, settings)
+        theirs.model, theirs.guide = Lookup(leaves), Lookup(guide.part)
+        loss = theirs([{"column": index} for index in range(3)], None)
+        expected = [loss.detach(), *torch.autograd.grad(loss, leaves)]
+        value = ours.loss_of_columns(leaves, guide.part)
+        compare_outcomes([value.detach(), *torch.autograd.grad(value, leaves)], expected)
+        settings |= {"mini_batch_size": 4, "show_progress_bar": False}
+        theirs, ours = bare(oracle.CachedGISTEmbedLoss, settings), bare(CachedGISTEmbedLoss, settings)
+        expected = through_the_cache(theirs, batch.part, guide.part)
+        compare_outcomes(through_the_cache(ours, batch.part, guide.part), expected)
+
+
+@case
+def a_guided_loss_by_replaced_functions_over_parts_of_different_sizes() -> None:
+    batch, guide = Batch.random(3, even=False), Batch.random(3, even=False, width=4)
+    for replaced in REPLACED:
+        # anchors are compared with those of the process, so without them the mean over processes is the whole
+        settings = guided_settings() | {"contrast_anchors": False} | replaced
+        columns = [column.clone().requires_grad_() for column in batch.columns]
+        whole = bare(GuidedLoss, settings | {"gather_across_devices": False}).loss_of_columns(columns, guide.columns)
+        whole.backward()
+        leaves = [column.requires_grad_() for column in batch.part]
+        value = bare(GuidedLoss, settings).loss_of_columns(leaves, guide.part)
+        value.backward()
+        found = [mean(value.detach()), *(gradient(x) / dist.get_world_size() for x in leaves)]
+        compare_outcomes(found, [whole.detach(), *(gradient(x)[batch.rows] for x in columns)])
+
+
+@case
+def a_function_that_one_process_replaced_is_an_error_in_all() -> None:
+    batch, guide = Batch.random(2), Batch.random(2, width=4)
+    loss = bare(GuidedLoss, guided_settings() | (REPLACED[0] if dist.get_rank() == 0 else {"margin": 0.1}))
+    with pytest.raises(InputError, match="process 0 has by functions of the user's own"):
+        loss.loss_of_columns(batch.part, guide.part)
+
+
+def guided_settings() -> dict[str, Any]:
+    return {
+        "temperature": 0.25, "margin_strategy": "absolute", "margin": 0.1, "contrast_anchors": True,
+        "contrast_positives": True, "gather_across_devices": True, "must_retokenize": False,
+        "similarity_fct": nn.CosineSimilarity(dim=-1), "cross_entropy_loss": nn.CrossEntropyLoss(),
+    }  # fmt: skip
 
 
 def through_the_cache(loss: nn.Module, columns: list[Tensor], guide_columns: list[Tensor]) -> list[Tensor]:

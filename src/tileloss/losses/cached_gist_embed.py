@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tileloss.errors import InputError, ShapeError
 from tileloss.gradcache import GradCache, RandContext, backward_by_columns
-from tileloss.losses.guided import GuidedLoss
+from tileloss.losses.guided import Columns, GuidedLoss
 from tileloss.losses.static_embeddings import reads_static_embeddings
 from tileloss.minibatches import Features, check_mini_batch_num_tokens, mini_batch
 
@@ -144,14 +144,15 @@ class CachedGISTEmbedLoss(GuidedLoss, GradCache):
         """The loss (0-dim, a new leaf) and the gradient of each mini-batch's embeddings."""
         return super().calculate_loss_and_cache_gradients(reps, reps_guided)
 
-    def _materialised(self, embeddings: Sequence[Tensor], guide_embeddings: Sequence[Tensor]) -> Tensor:
+    def _materialised(self, rows: Columns, candidates: Columns, first: int) -> Tensor:
         """As in `GuidedLoss`, a mini-batch of rows at a time, which the backward computes again."""
-        size = len(embeddings[0])
-        total = embeddings[0].new_zeros(())
+        anchors = rows.embeddings[0]
+        size = len(anchors)
+        total = anchors.new_zeros(())
         for begin in range(0, size, self.mini_batch_size):
-            rows = slice(begin, min(begin + self.mini_batch_size, size))
-            part = checkpoint(self._definition, embeddings, guide_embeddings, rows, use_reentrant=False)
-            total = total + part * ((rows.stop - rows.start) / size)
+            end = min(begin + self.mini_batch_size, size)
+            part = checkpoint(self._definition, rows.rows(begin, end), candidates, first + begin, use_reentrant=False)
+            total = total + part * ((end - begin) / size)
         return total
 
     def get_config_dict(self) -> dict[str, Any]:

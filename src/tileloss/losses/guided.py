@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tileloss.backend import say_once
-from tileloss.distributed import check_gather, is_distributed, loss_of_batch
+from tileloss.distributed import check_gather, loss_of_batch, part_of_batch
 from tileloss.errors import InputError, ShapeError
 from tileloss.functional.contrastive import ContrastiveStats
 from tileloss.guide import STRATEGIES, Guide, thresholds
@@ -19,6 +19,18 @@ from tileloss.losses.prefixes import Prefixes, in_batch_loss
 from tileloss.losses.retokenize import check_tokenizers, must_retokenize, retokenized
 from tileloss.losses.wrapping import replaced
 from tileloss.minibatches import Features
+from tileloss.tiled.part import Part
+
+
+class Columns(NamedTuple):
+    """Anchors, positives and negatives, by the model (B, D) each and by its guide (B, G) each."""
+
+    embeddings: Sequence[Tensor]
+    by_guide: Sequence[Tensor]
+
+    def rows(self, begin: int, end: int) -> Columns:
+        """Some rows of each column."""
+        return Columns([x[begin:end] for x in self.embeddings], [x[begin:end] for x in self.by_guide])
 
 
 class GuidedLoss(nn.Module):
@@ -71,18 +83,17 @@ class GuidedLoss(nn.Module):
         guide_embeddings: Sequence[Tensor],  # the same texts by the guide: (B, G) each
     ) -> Tensor:
         """The loss (0-dim), in the embeddings' dtype."""
-        gathers = bool(self.gather_across_devices)
-        if not self._is_stock() and not (gathers and is_distributed()):
-            say_once(
-                f"{type(self).__name__} runs materialised: its similarity_fct or cross_entropy_loss was replaced."
-            )
-            _check_positives(embeddings)
-            return self._materialised(embeddings, guide_embeddings)
 
         def inputs() -> dict[str, Any]:
             return self._inputs(embeddings, guide_embeddings)
 
-        if gathers:
+        if not self._is_stock():
+            say_once(
+                f"{type(self).__name__} runs materialised: its similarity_fct or cross_entropy_loss was replaced."
+            )
+            part = part_of_batch(inputs, self.gather_across_devices)
+            return self._loss_of_part(embeddings, guide_embeddings, part)
+        if self.gather_across_devices:
             loss, self.stats = loss_of_batch(inputs, self.gather_across_devices)
         else:
             loss, self.stats = in_batch_loss(self._prefixes, **inputs())
@@ -90,11 +101,6 @@ class GuidedLoss(nn.Module):
 
     def _inputs(self, embeddings: Sequence[Tensor], guide_embeddings: Sequence[Tensor]) -> dict[str, Any]:
         """The arguments of `tileloss.functional.contrastive_loss`, the columns checked."""
-        if not self._is_stock():
-            raise InputError(
-                f"A {type(self).__name__} whose similarity_fct or cross_entropy_loss was replaced does not gather "
-                "across devices. Construct it with gather_across_devices=False, or leave both as they are."
-            )
         _check_positives(embeddings)
         anchors, *docs = embeddings
         guide_anchors, *guide_docs = guide_embeddings
@@ -137,23 +143,37 @@ class GuidedLoss(nn.Module):
         """All similarities by `similarity_fct`, in N x M x D memory; the loss itself does without."""
         return self.similarity_fct(embed1.unsqueeze(1), embed2.unsqueeze(0))
 
-    def _materialised(self, embeddings: Sequence[Tensor], guide_embeddings: Sequence[Tensor]) -> Tensor:
-        """The loss (0-dim) with a similarity or a cross-entropy that a user has put in place of the stock ones."""
-        return self._definition(embeddings, guide_embeddings, slice(None))
+    def _loss_of_part(self, embeddings: Sequence[Tensor], guide_embeddings: Sequence[Tensor], part: Part) -> Tensor:
+        """The loss (0-dim) with a similarity or a cross-entropy that a user has put in place of the stock ones.
 
-    def _definition(self, embeddings: Sequence[Tensor], guide_embeddings: Sequence[Tensor], rows: slice) -> Tensor:
-        """The loss (0-dim) of some rows, whose candidates are those of the whole batch."""
+        Of these rows, as their share of the batch's mean, times the number of processes.
+        """
+        candidates = Columns(
+            # anchors stay in their process, as with sentence-transformers
+            [embeddings[0], *map(part.gathered_with_grad, embeddings[1:])],
+            [guide_embeddings[0], *map(part.gathered, guide_embeddings[1:])],
+        )
+        loss = self._materialised(Columns(embeddings, guide_embeddings), candidates, part.first)
+        return loss if part.is_whole else loss * (part.count * part.processes / part.size)
+
+    def _materialised(self, rows: Columns, candidates: Columns, first: int) -> Tensor:
+        """The mean loss (0-dim) of rows, of which the first has candidate `first` as its positive, and so on."""
+        return self._definition(rows, candidates, first)
+
+    def _definition(self, rows: Columns, candidates: Columns, first: int) -> Tensor:
+        """As `_materialised`, at once."""
         limit: Tensor | None = None
         logits = []
-        own = torch.arange(len(embeddings[0]), device=embeddings[0].device)[rows, None]
-        for left, right in self._pairs(len(embeddings)):
-            guided = self.sim_matrix(guide_embeddings[left][rows], guide_embeddings[right])
+        anchors = rows.embeddings[0]
+        own = torch.arange(first, first + len(anchors), device=anchors.device)[:, None]
+        for left, right in self._pairs(len(rows.embeddings)):
+            guided = self.sim_matrix(rows.by_guide[left], candidates.by_guide[right])
             if limit is None:  # the first pair is that of anchors and positives
                 limit = thresholds(guided.gather(1, own), self.margin, self.margin_strategy)
                 excluded = (guided > limit).scatter(1, own, False)
             else:
                 excluded = guided > limit
-            similarities = self.sim_matrix(embeddings[left][rows], embeddings[right])
+            similarities = self.sim_matrix(rows.embeddings[left], candidates.embeddings[right])
             logits.append(similarities.masked_fill(excluded, float("-inf")))
         return self.cross_entropy_loss(torch.cat(logits, dim=1) / self.temperature, own[:, 0])
 
