@@ -124,6 +124,17 @@ def test_a_lone_pair_has_no_negative(backend: str) -> None:
     assert not docs.grad.any()
 
 
+def test_what_is_infinitely_far_is_no_negative(backend: str) -> None:
+    queries, docs = batch(9, 12, 1)
+    queries[1] = float("-inf")
+    queries.requires_grad_()
+    found = hardest_negatives(queries, docs.abs(), similarity="dot")
+    assert found.similarity[1].item() == float("-inf")
+    assert [row for row, index in enumerate(found.index) if index == -1] == [1]
+    (gradient,) = torch.autograd.grad(found.similarity[1], queries)
+    assert not gradient.any()
+
+
 def test_an_empty_batch(backend: str) -> None:
     for count in (0, 3):
         found = hardest_negatives(torch.randn(0, 4), torch.randn(count, 4))

@@ -18,14 +18,14 @@ def hardest_negatives(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Similarity (B,) and index (B,) of the most similar other document, and the similarity (B,) of a query's own.
 
-    Where there is no other document, the similarity is minus infinity and the index -1. Time O(B M D), memory three
-    (B, M) matrices with their gradients.
+    Where no other document has a similarity above minus infinity, as where there is none, the index is -1. Time
+    O(B M D), memory three (B, M) matrices with their gradients.
     """
     measure = SIMILARITIES[similarity] if isinstance(similarity, str) else similarity
     similarities = up(measure(queries, docs))
     own = similarities.diagonal()
-    if len(docs) < 2:  # of nothing there is no maximum
-        nowhere = torch.full_like(own, -1, dtype=torch.int64)
-        return own.masked_fill(nowhere < 0, float("-inf")), nowhere, own
+    if len(docs) == 0:  # of nothing there is no maximum
+        return own, torch.empty_like(own, dtype=torch.int64), own
     hardest, index = similarities.diagonal_scatter(torch.full_like(own, float("-inf"))).max(dim=1)
-    return hardest, index, own
+    nowhere = hardest == float("-inf")
+    return hardest.masked_fill(nowhere, float("-inf")), index.masked_fill(nowhere, -1), own
