@@ -31,7 +31,8 @@ matrix: venv ## test under the oldest of all that is needed, the newest Python a
 	@.venv/bin/nox
 
 fuzz: venv ## look for inputs with a wrong answer: $FUZZ_EXAMPLES draws for each property, else 1,000
-	@.venv/bin/pytest -v tests/properties --hypothesis-profile=fuzz --hypothesis-show-statistics
+	@OMP_NUM_THREADS=1 .venv/bin/pytest -v --numprocesses 2 --dist worksteal tests/properties \
+		--hypothesis-profile=fuzz --hypothesis-show-statistics
 
 bench: venv ## time the small shapes, then sweep the batch size; results in $OUT, else benchmarks/results
 	@.venv/bin/pytest benchmarks --benchmark-only
