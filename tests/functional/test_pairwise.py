@@ -345,3 +345,13 @@ def test_an_infinite_row_is_at_no_distance_from_itself(metric: str, backend: str
     rows[4, 0] = float("inf")
     assert not pairwise_distance(rows, metric=metric).diagonal().any()
     assert not pairwise_similarity(rows, similarity=metric).diagonal().any()
+
+
+def test_a_row_whose_square_overflows_has_no_nan_from_its_distance_to_itself(backend: str) -> None:
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        rows = torch.full((5, 2), 1e18, dtype=dtype)
+        rows[3, 0], rows[4] = 1.5e19, -1e18
+        rows.requires_grad_()
+        gradients += torch.autograd.grad(pairwise_distance(rows).sum(), rows)
+    torch.testing.assert_close(gradients[0][3].double(), gradients[1][3])

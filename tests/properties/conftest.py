@@ -49,7 +49,7 @@ _BLOCKS = [
 ]
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _small_blocks() -> Iterator[None]:
     """Blocks so small that a batch has several."""
     with pytest.MonkeyPatch.context() as patch:

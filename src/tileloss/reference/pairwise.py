@@ -31,26 +31,31 @@ def pairwise_matrix(
     if metric == "dot" or (metric == "cosine" and similarity):
         similarities = dot_score(a, other) if metric == "dot" else cos_sim(a, other)
         return similarities if similarity else -similarities
-    if metric == "cosine":
-        distances = 1.0 - cos_sim(a, other)
-    elif metric == "manhattan":
-        distances = (a[:, None] - other).abs().sum(dim=2)
+    itself = b is None
+    if metric in ("euclidean", "squared_euclidean"):
+        distances = _euclidean(a, other, itself, squared=metric == "squared_euclidean")
     else:
-        distances = _euclidean(a, other, squared=metric == "squared_euclidean")
-    if b is None:
-        distances = torch.diagonal_scatter(distances, distances.new_zeros(len(a)))
+        distances = 1.0 - cos_sim(a, other) if metric == "cosine" else (a[:, None] - other).abs().sum(dim=2)
+        distances = _at_no_distance_from_itself(distances) if itself else distances
     return -distances if similarity else distances
 
 
 def _euclidean(
     a: Tensor,  # (N, D)
     b: Tensor,  # (M, D)
+    itself: bool,
     squared: bool,
 ) -> Tensor:  # (N, M)
     norms = a.square().sum(dim=1)[:, None] + b.square().sum(dim=1)
     squares = norms - 2.0 * (a @ b.T)
+    if itself:  # before the root, through which a norm that overflows would come back as nan
+        squares = _at_no_distance_from_itself(squares)
     rounding = norms.detach() * (ROUNDING * torch.finfo(squares.dtype).eps)
     nearly_equal = squares.detach() <= rounding.nan_to_num_(0.0, 0.0)  # what overflows is near nothing
     if squared:  # the gradient, twice the difference, is no less exact there than elsewhere
         return squares - torch.where(nearly_equal, squares.detach(), 0.0)
     return torch.where(nearly_equal, 0.0, torch.where(nearly_equal, 1.0, squares).sqrt())
+
+
+def _at_no_distance_from_itself(distances: Tensor) -> Tensor:  # (N, N)
+    return torch.diagonal_scatter(distances, distances.new_zeros(len(distances)))
