@@ -46,11 +46,12 @@ def _euclidean(
     itself: bool,
     squared: bool,
 ) -> Tensor:  # (N, M)
-    norms = a.square().sum(dim=1)[:, None] + b.square().sum(dim=1)
-    squares = norms - 2.0 * (a @ b.T)
+    left, right = a.square().sum(dim=1)[:, None], b.square().sum(dim=1)
+    # in this order, because the sum of two norms can overflow where the distance does not
+    squares = torch.sub(right, a @ b.T, alpha=2) + left
     if itself:  # before the root, through which a norm that overflows would come back as nan
         squares = _at_no_distance_from_itself(squares)
-    rounding = norms.detach() * (ROUNDING * torch.finfo(squares.dtype).eps)
+    rounding = (left + right).detach() * (ROUNDING * torch.finfo(squares.dtype).eps)
     nearly_equal = squares.detach() <= rounding.nan_to_num_(0.0, 0.0)  # what overflows is near nothing
     if squared:  # the gradient, twice the difference, is no less exact there than elsewhere
         return squares - torch.where(nearly_equal, squares.detach(), 0.0)
