@@ -3,7 +3,7 @@
 The definition is run four times: in float64, which is the truth; in the dtype of the inputs; and twice on inputs that
 were moved by a few units in the last place of the sums, there and back. How far the last three are from the truth is
 how well the answer can be known in this dtype. A backend may be three times as far, and a little: that of
-docs/design.md.
+docs/design.md. Before it is found wrong, the inputs are moved in a dozen other ways.
 
 Where terms of a gradient cancel, as in a cosine of one number, all that is left is their rounding. So a call says how
 steep its function is, and what rounding makes of that counts too, in cosines over the norms of the rows.
@@ -108,7 +108,18 @@ def assert_definition(call: Call) -> None:
     if _overflows(call.inputs):
         return
     truth = answer(call, [x.double() for x in call.inputs], "reference")
-    others = [answer(call, x, "reference") for x in (call.inputs, _moved(call.inputs, 1.0), _moved(call.inputs, -1.0))]
+    moved = [call.inputs, _moved(call.inputs, 0, 1.0), _moved(call.inputs, 0, -1.0)]
+    others = [answer(call, x, "reference") for x in moved]
+    complaint = _complaint_of(call, found, truth, others)
+    if complaint:
+        # two moves may by chance leave as it was what rounding decides, a tie or a threshold; a dozen more do not
+        others += [answer(call, _moved(call.inputs, seed, 1.0), "reference") for seed in range(1, 13)]
+        complaint = _complaint_of(call, found, truth, others)
+    assert not complaint, complaint
+
+
+def _complaint_of(call: Call, found: Answer, truth: Answer, others: Sequence[Answer]) -> str:
+    """What is wrong with the answer, or an empty string; the first of the others is of the inputs as they are."""
     # minus infinity is a value that stands for nothing at all
     strict = all((x < float("inf")).all() for x in truth.values) and all(x.isfinite().all() for x in call.inputs)
     loss = truth.values[0] if truth.values and truth.values[0].ndim == 0 else torch.zeros(())
@@ -121,7 +132,9 @@ def assert_definition(call: Call) -> None:
         tolerance = _tolerance(call, name, ours.dtype, size)
         only_finite = not strict and (name.startswith("gradient") or not ours.is_floating_point())
         complaint = _complaint(ours, right, rounded, tolerance, only_finite)
-        assert not complaint, f"{name} {complaint}, of {call}\n{ours}\nis not\n{right}\neagerly\n{eager}"
+        if complaint:
+            return f"{name} {complaint}, of {call}\n{ours}\nis not\n{right}\neagerly\n{eager}"
+    return ""
 
 
 class _NoWork(TorchDispatchMode):
@@ -217,9 +230,9 @@ def _norm(x: Tensor, where: Tensor) -> float:
     return largest * torch.linalg.vector_norm(chosen / largest).item() if largest else 0.0
 
 
-def _moved(inputs: Sequence[Tensor], sign: float) -> list[Tensor]:
+def _moved(inputs: Sequence[Tensor], seed: int, sign: float) -> list[Tensor]:
     """The inputs a few units away in the last place of the sums, one way or the other."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     moved = []
     for x in inputs:
         dtype = up_dtype(x.dtype)
