@@ -29,8 +29,8 @@ class HardestNegatives(NamedTuple):
 
     Attributes:
         similarity: (B,) of each query with its hardest negative; minus infinity where there is no other document.
-        index: (B,) int64, the row of that negative among the documents, the first of equals; -1 where there is none, or
-            none with a similarity above minus infinity.
+        index: (B,) int64, the row of that negative among the documents, the first of equals; -1 where there is none,
+            or none with a similarity above minus infinity.
         positive_similarity: (B,) of each query with its own document, which the same pass yields.
     """
 
