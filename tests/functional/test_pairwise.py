@@ -355,3 +355,10 @@ def test_a_row_whose_square_overflows_has_no_nan_from_its_distance_to_itself(bac
         rows.requires_grad_()
         gradients += torch.autograd.grad(pairwise_distance(rows).sum(), rows)
     torch.testing.assert_close(gradients[0][3].double(), gradients[1][3])
+
+
+def test_norms_whose_sum_overflows_may_be_at_a_finite_distance(backend: str) -> None:
+    rows = torch.tensor([[1.1e19], [1.5e19]])
+    assert not rows.square().sum().isfinite()
+    for found in (pairwise_distance(rows), pairwise_distance(rows, rows.clone())):
+        torch.testing.assert_close(found, torch.tensor([[0.0, 4e18], [4e18, 0.0]]))
