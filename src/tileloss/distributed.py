@@ -138,7 +138,7 @@ def part_of_batch(inputs: Callable[[], dict[str, Any]], gather_across_devices: b
         _warn_of_no_group()
     if not (gather_across_devices and is_distributed()):
         return Part(len(inputs()["queries"]))
-    return torch.compiler.disable(lambda: GroupPart(_agreed(inputs, "by functions of the user's own", None)[1]))()
+    return torch.compiler.disable(lambda: GroupPart(_agreed(inputs, "gather for replaced functions", None)[1]))()
 
 
 def is_distributed(group: dist.ProcessGroup | None = None) -> bool:

@@ -156,7 +156,7 @@ def a_guided_loss_by_replaced_functions_over_parts_of_different_sizes() -> None:
 def a_function_that_one_process_replaced_is_an_error_in_all() -> None:
     batch, guide = Batch.random(2), Batch.random(2, width=4)
     loss = bare(GuidedLoss, guided_settings() | (REPLACED[0] if dist.get_rank() == 0 else {"margin": 0.1}))
-    with pytest.raises(InputError, match="process 0 has by functions of the user's own"):
+    with pytest.raises(InputError, match="process 0 has gather for replaced functions"):
         loss.loss_of_columns(batch.part, guide.part)
 
 
