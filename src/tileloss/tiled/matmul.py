@@ -36,9 +36,11 @@ def accumulate(
     b: Tensor,  # (K, M)
     factor: float = 1.0,
 ) -> Tensor:
-    """`total += factor * a @ b`, summed in the dtype of `total`."""
+    """`total += factor * a @ b`, summed in the dtype of `total`; its transpose where that is what lies row by row."""
+    if total.stride(0) == 1 < total.stride(1):
+        return accumulate(total.t(), b.t(), a.t(), factor).t()
     if factor == 1.0 and onednn.serves(total, a, b):
-        if a.stride(0) == 1:
+        if a.stride(0) == 1 and b.is_contiguous():
             return onednn.accumulate_transposed(total, a.t(), b)
         if b.is_contiguous():
             return onednn.accumulate(total, a, b)

@@ -12,7 +12,6 @@ Between the GEMMs a block is gone through some ten times for each width, in part
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -62,7 +61,8 @@ def matryoshka_contrastive_loss(
     """The loss, its statistics (K, 3) and its gradients, as `tileloss.reference.matryoshka` defines them.
 
     Memory beside the inputs: a gradient for each side that needs one, K + 1 blocks of similarities of bounded size
-    together, and a copy of inputs that are narrower than the sums, not contiguous, or for oneDNN to multiply.
+    together, and a copy of inputs that are narrower than the sums, not contiguous, or for oneDNN to multiply; at the
+    end, in place of the blocks, a copy of the gradient of `docs` where oneDNN has summed it.
     Time: three GEMMs of B x M x D, or four with doc_to_query.
     """
     with full_precision(queries):
@@ -93,11 +93,14 @@ class _Walk:
             passes.guided = self.guided
         self.dtype = self.passes[0].dtype
         self.weights = constants(weights, self.dtype, queries.device)
-        self.queries = Prefixes.of(queries, dims, self.dtype, needs.queries)
-        self.docs = Prefixes.of(docs, dims, self.dtype, needs.docs)
-        self.d_scale = torch.zeros((), dtype=self.dtype, device=queries.device)
         # doc_to_query needs whole columns before any gradient, and its matrices are then walked one by one
         self.by_statistics = "doc_to_query" in problem.spec.directions
+        # a right side's gradient takes the transpose of every block, once for each segment; by columns it does not. The
+        # block must be dense, which it is not beside others
+        alone = self.by_statistics or len(problem.spec.directions) == 1
+        self.queries = Prefixes.of(queries, dims, self.dtype, needs.queries)
+        self.docs = Prefixes.of(docs, dims, self.dtype, needs.docs, by_columns=alone)
+        self.d_scale = torch.zeros((), dtype=self.dtype, device=queries.device)
         self.groups = [[matrix] for matrix in self._matrices()] if self.by_statistics else [self._matrices()]
         # the products, the gradients of every width or one block of cosines, and what the guide says of the block
         self.blocks_held = 1 + (len(dims) if self.gradients else 1) + (problem.guide is not None)
@@ -109,6 +112,7 @@ class _Walk:
         positive = torch.stack([passes.positive for passes in self.passes])
         hardest = torch.stack([passes.hardest for passes in self.passes])
         stats = torch.stack([(positive > hardest).to(self.dtype), positive, hardest], dim=1).mean(dim=2).float()
+        self.buffers.clear()  # room for what `finish` may copy
         # what a logit's gradient, as the passes give it, is of the loss'
         share = 1.0 / (self.problem.size * self.problem.spec.partitions)
         factor = self.passes[0].problem.scale * share
@@ -260,7 +264,7 @@ class _Walk:
     def _parts(self, tiles: Sequence[Tile]) -> Iterator[tuple[slice, list[Tile]]]:
         """A block's rows a few at a time: where they stand in the block, and their tiles."""
         start, stop = tiles[0].start, tiles[0].stop
-        rows = max(self._part_entries() // sum(tile.width for tile in tiles), 1)
+        rows = self._rows_per_part(sum(tile.width for tile in tiles))
         for first in range(start, stop, rows):
             last = min(first + rows, stop)
             yield slice(first - start, last - start), [replace(tile, start=first, stop=last) for tile in tiles]
@@ -268,7 +272,13 @@ class _Walk:
     def _rows_per_block(self, columns: int) -> int:
         fitting = blocks.rows_per_block(self.problem.size, self.blocks_held * columns, self.dtype, self.weights.device)
         # a GEMM of fewer rows is slow, and so is one that adds them to a whole gradient
-        return min(max(fitting, 4 * blocks.MIN_ROWS["cpu"]), self.problem.size)
+        rows = max(fitting, 4 * blocks.MIN_ROWS["cpu"])
+        part = self._rows_per_part(columns)
+        return min(rows // part * part if part < rows else rows, self.problem.size)
+
+    def _rows_per_part(self, columns: int) -> int:
+        """Of a block; on a GPU, where a pass is one kernel, a part is a whole block."""
+        return max(_PART_BYTES // (columns * self.dtype.itemsize), 1) if self.weights.is_cpu else self.problem.size
 
     def _buffers(self) -> list[Tensor]:
         """The products and the blocks of every width, of the largest group's size."""
@@ -276,10 +286,6 @@ class _Walk:
         entries = max(self._rows_per_block(width) * width for width in widths)
         count = 1 + (len(self.passes) if self.gradients else 1)
         return [torch.empty(entries, dtype=self.dtype, device=self.weights.device) for _ in range(count)]
-
-    def _part_entries(self) -> int:
-        """Of a part, unless one row has more: on a GPU, where a pass is one kernel, a part is a whole block."""
-        return _PART_BYTES // self.dtype.itemsize if self.weights.is_cpu else sys.maxsize
 
 
 class _GuideOfBlock(GuideBlocks):

@@ -92,12 +92,12 @@ def accumulate_by_columns(
 def accumulate_transposed(
     total: Tensor,  # (N, M)
     a: Tensor,  # (K, N)
-    b: Tensor,  # (K, M)
+    b: Tensor,  # (K, M) contiguous
 ) -> Tensor:
-    """`total += a.T @ b`; memory beside it: one step's K x 1024 of `a` and 1024 x M, and a copy of `b`."""
-    b_transposed = b.t().contiguous()
-    for columns in _steps(len(total)):
-        total[columns].add_(_linear(b_transposed, a[:, columns].contiguous().t()).t())
+    """`total += a.T @ b`; memory beside it: one step's 1024 x K of `a`, twice if its rows are longer, and 1024 x M."""
+    for rows in _steps(len(total)):
+        step = a[:, rows].contiguous()  # only what is dense is transposed fast
+        total[rows].add_(_linear(step.t().contiguous(), b.t()))
     return total
 
 

@@ -25,7 +25,7 @@ class Prefixes:
         columns: K times, where a segment stands in its row.
         inverse: (K, N), one over the prefix' norm, which is clamped at 1e-12.
         slope: (K, N), the square of `inverse`, and zero where the clamp makes the norm a constant.
-        gradient: (N, D) of the rows by their products, or None where nobody wants it.
+        gradient: (N, D) of the rows by their products, in any layout, or None where nobody wants it.
         along: (K, N), the sum over a row of each cosine times its gradient, by which the norms answer.
     """
 
@@ -43,6 +43,7 @@ class Prefixes:
         dims: Sequence[int],  # ascending
         dtype: torch.dtype,  # of segments and sums
         wanted: bool,  # whether the rows need a gradient
+        by_columns: bool = False,  # whether oneDNN may sum the gradient column by column
     ) -> Prefixes:
         """Cut the rows; memory: that of a wanted gradient, and a copy of rows that cannot serve as they are given."""
         columns, x = segments(dims), x.to(dtype).contiguous()
@@ -52,7 +53,9 @@ class Prefixes:
         norms = norms.square_().cumsum_(0).sqrt_()
         inverse = norms.clamp_min(NORM_FLOOR).reciprocal_()
         slope = torch.where(norms < NORM_FLOOR, 0.0, inverse.square())
-        gradient = torch.zeros(x.shape, dtype=dtype, device=x.device) if wanted else None
+        gradient = None
+        if wanted:
+            gradient = x.new_zeros(x.shape[::-1]).t() if by_columns and onednn.serves(x) else x.new_zeros(x.shape)
         return cls(parts, columns, inverse, slope, gradient, torch.zeros_like(inverse))
 
     def head(self, rows: int) -> Prefixes:
@@ -73,13 +76,17 @@ class Prefixes:
         factor: float | Tensor,
         dtype: torch.dtype,
     ) -> Tensor:  # (N, D)
-        """The gradient of the rows as given, times `factor`: that by the products less that by the norms."""
+        """The gradient of the rows as given, times `factor`: that by the products less that by the norms.
+
+        Memory: a copy, where it is narrower than the sums or the sums are laid out by columns.
+        """
         assert self.gradient is not None
+        gradient = self.gradient.contiguous()
         by_norm = (self.along * self.slope).mul_(weights[:, None])
         by_norm = by_norm.flip(0).cumsum_(0).flip(0)  # a segment lies in its own width's prefix and in all longer ones
         for segment, place, coefficient in zip(self.segments, self.columns, by_norm, strict=True):
-            self.gradient[:, place].addcmul_(segment, coefficient[:, None], value=-1)
-        return self.gradient.mul_(factor).to(dtype)
+            gradient[:, place].addcmul_(segment, coefficient[:, None], value=-1)
+        return gradient.mul_(factor).to(dtype)
 
 
 def segments(dims: Sequence[int]) -> list[slice]:
