@@ -49,6 +49,7 @@ def test_products_are_those_of_float64(
     assert error(accumulate(started[:n].clone(), grad, y), expected) < 1e-6
     expected = started[:m].double() + wide.t() @ x.double()
     assert error(accumulate(started[:m].clone(), grad.t(), x), expected) < 1e-6
+    assert error(accumulate(started[:m].clone(), grad.t(), strided(x)), expected) < 1e-6
     by_columns = started[:m].t().contiguous().t()
     assert error(accumulate(by_columns, grad.t(), x), expected) < 1e-6
     assert by_columns.stride() == (1, m)

@@ -93,13 +93,13 @@ def dispersion_backward(
         gram, total = gram * quadratic, total * linear
         if size <= width:
             rows, saved = measure.prepare(embeddings)
-            slopes = torch.addmm(total, gram, rows).addcmul_(rows, linear, value=-1)
+            slopes = accumulate(total.repeat(size, 1), gram, rows).addcmul_(rows, linear, value=-1)
             return measure.finish(slopes, rows, saved, 1.0).to(embeddings.dtype)
         d_embeddings = torch.empty(embeddings.shape, dtype=embeddings.dtype, device=embeddings.device)
         step = _step(embeddings, measure)
         for block, d_block in zip(embeddings.split(step), d_embeddings.split(step), strict=True):
             rows, saved = measure.prepare(block)
-            slopes = torch.addmm(total, rows, gram)
+            slopes = multiply(rows, gram.t(), out=torch.empty_like(rows)).add_(total)  # which is its own transpose
             slopes.addcmul_(rows, (quadratic * _squares(rows) + linear)[:, None], value=-1)
             d_block.copy_(measure.finish(slopes, rows, saved, 1.0))
     return d_embeddings

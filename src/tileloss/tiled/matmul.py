@@ -40,7 +40,7 @@ def accumulate(
     if total.stride(0) == 1 < total.stride(1):
         return accumulate(total.t(), b.t(), a.t(), factor).t()
     if factor == 1.0 and onednn.serves(total, a, b):
-        if a.stride(0) == 1 and b.is_contiguous():
+        if a.stride(0) == 1:
             return onednn.accumulate_transposed(total, a.t(), b)
         if b.is_contiguous():
             return onednn.accumulate(total, a, b)

@@ -92,12 +92,16 @@ def accumulate_by_columns(
 def accumulate_transposed(
     total: Tensor,  # (N, M)
     a: Tensor,  # (K, N)
-    b: Tensor,  # (K, M) contiguous
+    b: Tensor,  # (K, M)
 ) -> Tensor:
-    """`total += a.T @ b`; memory beside it: one step's 1024 x K of `a`, twice if its rows are longer, and 1024 x M."""
+    """`total += a.T @ b`; memory beside it: one step's 1024 x K of `a`, twice if its rows are longer, and 1024 x M.
+
+    And a copy of `b`, where its rows are not dense.
+    """
+    weight = b.contiguous().t()
     for rows in _steps(len(total)):
         step = a[:, rows].contiguous()  # only what is dense is transposed fast
-        total[rows].add_(_linear(step.t().contiguous(), b.t()))
+        total[rows].add_(_linear(step.t().contiguous(), weight))
     return total
 
 
