@@ -54,6 +54,7 @@ def _fastest(backend: str, kind: str) -> Choice:
     return Choice(backend, f"it is the fastest on {kind}")
 
 
+_TRANSFORMED = "transforms of torch.func see through the materialised form alone"
 # made once: small batches feel even that
 _SMALL_CHOICE = Choice("reference", "at this size the materialised form is fastest")
 _CPU_CHOICE = _fastest("tiled", "cpu")
@@ -183,6 +184,8 @@ def _choice(tensor: Tensor, similarities: int | None, obstacles: Mapping[str, st
     if name == "auto" and similarities is not None and similarities <= _SMALL.get(kind, 0):
         return _SMALL_CHOICE
     best = "triton" if kind in _TRITON_DEVICES and _TRITON_IS_INSTALLED else "tiled"
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        obstacles = {"tiled": _TRANSFORMED, "triton": _TRANSFORMED}
     if name == "auto" and best == "tiled" and not obstacles:
         return _CPU_CHOICE if kind == "cpu" else _fastest(best, kind)
     obstacles = dict(obstacles or {})

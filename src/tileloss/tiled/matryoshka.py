@@ -95,8 +95,8 @@ class _Walk:
         self.weights = constants(weights, self.dtype, queries.device)
         # doc_to_query needs whole columns before any gradient, and its matrices are then walked one by one
         self.by_statistics = "doc_to_query" in problem.spec.directions
-        # a right side's gradient takes the transpose of every block, once for each segment; by columns it does not. The
-        # block must be dense, which it is not beside others
+        # oneDNN multiplies no transposes: for the gradient of a right side every block would be transposed, once for
+        # each segment, unless the sums are laid out by columns. Blocks must be dense for that, so of one matrix alone
         alone = self.by_statistics or len(problem.spec.directions) == 1
         self.queries = Prefixes.of(queries, dims, self.dtype, needs.queries)
         self.docs = Prefixes.of(docs, dims, self.dtype, needs.docs, by_columns=alone)
