@@ -1,6 +1,10 @@
-"""A loss and its gradients as a CUDA graph: the host is not waited for, and a replay has the numbers of a call."""
+"""A loss and its gradients as a CUDA graph: the host is not waited for, and a replay has the numbers of a call.
+
+Nor is anything called that PyTorch knows to give other numbers the next time.
+"""
 
 import os
+import warnings
 
 os.environ.setdefault("TILELOSS_AUTOTUNE", "0")  # a tuner would time kernels, which takes seconds
 
@@ -83,6 +87,17 @@ def batch(columns: int, rows: int, seed: int) -> list[Tensor]:
     return [torch.randn(rows, WIDTH, device="cuda", generator=generator) for _ in range(columns)]
 
 
+def step_of(case: Case, inputs: list[Tensor]) -> Callable[[], list[Tensor]]:
+    """A call for the loss of the inputs and their gradients."""
+    loss, labels = case.make(Given()), case.labels(len(inputs[0]))
+
+    def step() -> list[Tensor]:
+        value = loss([{"sentence_embedding": x} for x in inputs], labels)
+        return [value.detach(), *torch.autograd.grad(value, inputs)]
+
+    return step
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("backend", SIZES)
 @pytest.mark.parametrize("name", CASES)
@@ -90,13 +105,8 @@ def test_a_step_is_captured_and_replayed(name: str, backend: str) -> None:
     case, rows = CASES[name], SIZES[backend]
     if backend == "reference" and not case.materialised:
         pytest.skip("the definition waits for the number of triplets")
-    loss, labels = case.make(Given()), case.labels(rows)
     inputs = [x.requires_grad_() for x in batch(case.columns, rows, seed=0)]
-
-    def step() -> list[Tensor]:
-        value = loss([{"sentence_embedding": x} for x in inputs], labels)
-        return [value.detach(), *torch.autograd.grad(value, inputs)]
-
+    step = step_of(case, inputs)
     with tileloss.use_backend(backend):
         graph, found = captured(step)
         with torch.no_grad():
@@ -107,6 +117,22 @@ def test_a_step_is_captured_and_replayed(name: str, backend: str) -> None:
     assert found[0] > 0
     for replayed, called in zip(found, expected, strict=True):
         torch.testing.assert_close(replayed, called)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("backend", SIZES)
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_is_deterministic_by_what_pytorch_knows(name: str, backend: str) -> None:
+    step = step_of(CASES[name], [x.requires_grad_() for x in batch(CASES[name].columns, SIZES[backend], seed=0)])
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with tileloss.use_backend(backend), warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    refused = "does not have a deterministic implementation"
+    assert not [str(warning.message) for warning in said if refused in str(warning.message)]
 
 
 def captured(step: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:

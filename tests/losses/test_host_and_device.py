@@ -1,5 +1,7 @@
 """A step on a GPU moves nothing between host and device and asks the device nothing, shown without a GPU.
 
+Nor does it call what PyTorch has in no deterministic form there, and refuses under `use_deterministic_algorithms`.
+
 Tensors on the meta device have shapes and no numbers. Whatever reads one on the host fails, and whatever brings it
 numbers from the host is an operator that meets both, or a call with a list. Our operators run as they are, not by the
 shapes they announce, and kernels are noted instead of launched. What PyTorch's own operators do inside is left for a
@@ -51,6 +53,9 @@ FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "weighted prefixes": lambda a, b: functional.matryoshka_contrastive_loss(a, b, dims={8: 1.0, 3: 0.25}),
     "cosines of prefixes": lambda a, b: functional.prefix_cosines(a, b, dims=DIMS),
 }
+# on CUDA, by the documentation of `use_deterministic_algorithms`; scans of floating-point numbers alone
+REFUSED = {"histc", "bincount", "put", "put_", "median", "nanmedian", "kthvalue"}
+REFUSED_FLOATING = {"cumsum", "cumsum_", "cumprod", "cumprod_"}
 
 
 class Watch(TorchDispatchMode):
@@ -64,6 +69,11 @@ class Watch(TorchDispatchMode):
         found = func(*args, **kwargs)
         devices = {x.device.type for x in tree_leaves((args, kwargs, found)) if isinstance(x, Tensor)}
         assert len(devices) < 2, f"{func} brings numbers from one device to another"
+        if "meta" in devices:
+            name, results = func.overloadpacket.__name__, tree_leaves(found)
+            floating = any(isinstance(x, Tensor) and x.is_floating_point() for x in results)
+            assert name not in REFUSED, f"{func} has no deterministic form"
+            assert not (floating and name in REFUSED_FLOATING), f"{func} has no deterministic form"
         return found
 
 

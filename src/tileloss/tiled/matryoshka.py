@@ -25,7 +25,7 @@ from tileloss.tiled.guide import GuideBlocks
 from tileloss.tiled.matmul import accumulate, multiply
 from tileloss.tiled.passes import NEG_INF
 from tileloss.tiled.prefix_passes import PrefixPasses
-from tileloss.tiled.prefixes import Prefixes
+from tileloss.tiled.prefixes import Prefixes, add_up_
 
 # bytes of the part of a block that elementwise operations go through at a time: large enough that threads seldom wait
 # for each other, and small enough for their cores' caches. On one core half of this and twice of it take the same time
@@ -318,7 +318,7 @@ class _GuideOfBlock(GuideBlocks):
 def _paired(a: Prefixes, b: Prefixes) -> Tensor:  # (K, N)
     """The cosines of each row with its counterpart at every width."""
     products = [torch.einsum("nd,nd->n", x, y) for x, y in zip(a.segments, b.segments, strict=True)]
-    return torch.stack(products).cumsum_(0).mul_(a.inverse).mul_(b.inverse)
+    return add_up_(torch.stack(products)).mul_(a.inverse).mul_(b.inverse)
 
 
 def _columns(tile: Tile) -> slice:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tileloss.similarity import NORM_FLOOR, up, up_dtype
-from tileloss.tiled.prefixes import segments
+from tileloss.tiled.prefixes import add_up_, segments
 
 # bytes of the rows that are gone through at a time, of each input: they stay in the cache between operations
 _PART_BYTES = 1 << 20
@@ -35,7 +35,7 @@ def prefix_cosines(
         for k, place in enumerate(segments(dims)):
             for total, (left, right) in zip(sums[:, k], ((x, x), (y, y), (x, y)), strict=True):
                 torch.sum(left[:, place] * right[:, place], dim=1, out=total[rows])
-    sums = sums.cumsum(1)
+    add_up_(sums.transpose(0, 1))
     norms = sums[:2].sqrt()
     return sums[2] / norms.clamp_min(NORM_FLOOR).prod(0), norms
 
@@ -80,7 +80,9 @@ def coefficients(
     # below the floor the norm is a constant
     along = torch.where(norms < NORM_FLOOR, 0.0, d_cosines * cosines * inverse.square())
     # a segment lies in its own width's prefix and in all longer ones
-    return across.flip(0).cumsum(0).flip(0), along.flip(1).cumsum(1).flip(1)
+    add_up_(across, from_the_last=True)
+    add_up_(along.transpose(0, 1), from_the_last=True)
+    return across, along
 
 
 def _parts(x: Tensor) -> Iterator[slice]:

@@ -6,6 +6,7 @@ so are their squared norms. The gradient of a segment adds up over every prefix 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,7 +51,7 @@ class Prefixes:
         parts = [x[:, place] for place in columns]
         parts = [part.contiguous() if onednn.serves(part) else part for part in parts]  # which wants them dense
         norms = torch.stack([torch.linalg.vector_norm(part, dim=1) for part in parts])
-        norms = norms.square_().cumsum_(0).sqrt_()
+        norms = add_up_(norms.square_()).sqrt_()
         inverse = norms.clamp_min(NORM_FLOOR).reciprocal_()
         slope = torch.where(norms < NORM_FLOOR, 0.0, inverse.square())
         gradient = None
@@ -82,8 +83,8 @@ class Prefixes:
         """
         assert self.gradient is not None
         gradient = self.gradient.contiguous()
-        by_norm = (self.along * self.slope).mul_(weights[:, None])
-        by_norm = by_norm.flip(0).cumsum_(0).flip(0)  # a segment lies in its own width's prefix and in all longer ones
+        # a segment lies in its own width's prefix and in all longer ones
+        by_norm = add_up_((self.along * self.slope).mul_(weights[:, None]), from_the_last=True)
         for segment, place, coefficient in zip(self.segments, self.columns, by_norm, strict=True):
             gradient[:, place].addcmul_(segment, coefficient[:, None], value=-1)
         return gradient.mul_(factor).to(dtype)
@@ -92,3 +93,19 @@ class Prefixes:
 def segments(dims: Sequence[int]) -> list[slice]:
     """Where in a row stands what each width, in ascending order, adds to the one before it."""
     return [slice(first, last) for first, last in zip((0, *dims), dims, strict=False)]
+
+
+def add_up_(
+    x: Tensor,  # (K, ...)
+    *,
+    from_the_last: bool = False,
+) -> Tensor:  # (K, ...)
+    """Sum the first dimension up to each place, in place; `from_the_last`, down to each.
+
+    K is a number of widths. `cumsum`, which would do this too, is refused for CUDA under
+    `torch.use_deterministic_algorithms`.
+    """
+    rows = x.unbind()[::-1] if from_the_last else x.unbind()
+    for before, row in itertools.pairwise(rows):
+        row += before
+    return x
