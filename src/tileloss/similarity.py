@@ -59,6 +59,19 @@ def full_precision(x: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False) if is_autocast_enabled(kind) else nullcontext()
 
 
+def rounded_as(
+    loss: Tensor,  # 0-dim
+    *embeddings: Tensor,
+) -> Tensor:
+    """The loss in the dtype of the embeddings, where sentence-transformers' has it; under autocast as it is.
+
+    What autocast narrows is the model: a loss narrowed too would have the gradient scaler's factor overflow in it.
+    """
+    if is_autocast_enabled(device_type(loss)):
+        return loss
+    return loss.to(functools.reduce(torch.promote_types, (x.dtype for x in embeddings)))
+
+
 def _rows(x: Any) -> Tensor:
     """A (N, D) tensor of at least float32 from a tensor, array or list; a vector counts as one row."""
     x = up(torch.as_tensor(x))

@@ -18,7 +18,7 @@ from tileloss.losses.contrastive_tension_data import ContrastiveTensionDataLoade
 from tileloss.losses.cross_entropy import is_plain
 from tileloss.losses.named_model import NamedModelLoss
 from tileloss.minibatches import Features
-from tileloss.similarity import SIMILARITIES, cos_sim, recognise, similarity_fct_name
+from tileloss.similarity import SIMILARITIES, cos_sim, recognise, rounded_as, similarity_fct_name
 
 __all__ = ["ContrastiveTensionDataLoader", "ContrastiveTensionLoss", "ContrastiveTensionLossInBatchNegatives"]
 
@@ -91,7 +91,7 @@ class ContrastiveTensionLoss(_TwoEncoders):
             )
         scores = paired_similarity(*embeddings, similarity="dot")
         loss = self.criterion(scores, labels.reshape(-1).type_as(scores))
-        return loss.to(torch.promote_types(*(x.dtype for x in embeddings)))
+        return rounded_as(loss, *embeddings)
 
     def get_config_dict(self) -> dict[str, Any]:
         """The settings, as a model card shows them: there are none."""

@@ -14,6 +14,7 @@ from tileloss.functional.mean_squared_error import mean_squared_error
 from tileloss.functional.pairs import paired_columns
 from tileloss.losses import citations
 from tileloss.losses.columns import embed_columns
+from tileloss.similarity import rounded_as
 
 _METRICS = ("mse", "l2", "cosine")
 
@@ -23,7 +24,8 @@ class EmbedDistillLoss(nn.Module):
 
     Drop-in for sentence-transformers' class of this name: the same arguments, columns, values and gradients. The loss
     is the mean over columns of the mean distance of student and teacher, row by row, in one pass over both each way;
-    neither their difference nor unit rows exist as a matrix. The result has the dtype of the student's embeddings.
+    neither their difference nor unit rows exist as a matrix. The result has the dtype of the student's embeddings, but
+    under autocast float32.
 
     Columns are one or more texts. Labels are the teacher's embeddings: (B, D) for all columns alike, such as
     translations of one text, or (B, columns, D). They get no gradient, and are read in the student's dtype.
@@ -120,7 +122,7 @@ class EmbedDistillLoss(nn.Module):
             distance = paired_columns(student, [teacher], "euclidean")[0].mean()
         else:
             distance = (1 - paired_columns(student, [teacher], "torch_cosine")[0]).mean()
-        return distance.to(student.dtype)
+        return rounded_as(distance, student)
 
     def save_projection(self, path: str | os.PathLike[str]) -> None:
         """Write the projection, which no trainer saves with the model, as a safetensors file.

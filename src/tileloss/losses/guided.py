@@ -19,6 +19,7 @@ from tileloss.losses.prefixes import Prefixes, in_batch_loss
 from tileloss.losses.retokenize import check_tokenizers, must_retokenize, retokenized
 from tileloss.losses.wrapping import replaced
 from tileloss.minibatches import Features
+from tileloss.similarity import rounded_as
 from tileloss.tiled.part import Part
 
 
@@ -97,7 +98,7 @@ class GuidedLoss(nn.Module):
             loss, self.stats = loss_of_batch(inputs, self.gather_across_devices)
         else:
             loss, self.stats = in_batch_loss(self._prefixes, **inputs())
-        return loss.to(embeddings[0].dtype)
+        return rounded_as(loss, embeddings[0])
 
     def _inputs(self, embeddings: Sequence[Tensor], guide_embeddings: Sequence[Tensor]) -> dict[str, Any]:
         """The arguments of `tileloss.functional.contrastive_loss`, the columns checked."""

@@ -13,6 +13,7 @@ from tileloss.losses.columns import embed_columns, expect_columns
 from tileloss.losses.contrastive import COLUMNS, SiameseDistanceMetric, pair_distances, warn_unless_binary
 from tileloss.losses.distance_metrics import DistanceFn, metric_name
 from tileloss.losses.labels import one_label_each
+from tileloss.similarity import rounded_as
 
 
 class OnlineContrastiveLoss(nn.Module):
@@ -79,7 +80,7 @@ class OnlineContrastiveLoss(nn.Module):
             warn_unless_binary(self, labels, "their pairs left out, being neither positives nor negatives")
         distances = pair_distances(self.distance_metric, anchors, others)
         loss = _of_hard_pairs(distances, labels == 1, labels == 0, self.margin)
-        return loss.to(torch.promote_types(anchors.dtype, others.dtype))
+        return rounded_as(loss, anchors, others)
 
     def get_config_dict(self) -> dict[str, Any]:
         """The settings, as a model card shows them; keys and values are sentence-transformers'."""
