@@ -38,7 +38,8 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         pytest.param(torch.bfloat16, False, 500e6, marks=ADDS_TO_A_WIDER_SUM),
         (torch.float32, False, 500e6),
-        (torch.float32, True, 900e6),  # whose prepared rows are half as large again, and which holds a gradient twice
+        # prepared rows are half as large again, and a gradient is held twice
+        pytest.param(torch.float32, True, 900e6, marks=ADDS_TO_A_WIDER_SUM),
     ],
 )
 def test_so_many_bytes_beside_inputs_and_gradients(
