@@ -36,7 +36,7 @@ def accumulate(
     b: Tensor,  # (K, M)
     factor: float = 1.0,
 ) -> Tensor:
-    """`total += factor * a @ b`, summed in the dtype of `total`; its transpose where that is what lies row by row."""
+    """`total += factor * a @ b`, summed in the dtype of `total`, which may be laid out by rows or by columns."""
     if total.stride(0) == 1 < total.stride(1):
         return accumulate(total.t(), b.t(), a.t(), factor).t()
     if factor == 1.0 and onednn.serves(total, a, b):

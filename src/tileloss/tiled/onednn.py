@@ -94,10 +94,7 @@ def accumulate_transposed(
     a: Tensor,  # (K, N)
     b: Tensor,  # (K, M)
 ) -> Tensor:
-    """`total += a.T @ b`; memory beside it: one step's 1024 x K of `a`, twice if its rows are longer, and 1024 x M.
-
-    And a copy of `b`, where its rows are not dense.
-    """
+    """`total += a.T @ b`; memory beside it: one step's 1024 x K of `a`, or two, and 1024 x M; a strided `b` again."""
     weight = b.contiguous().t()
     for rows in _steps(len(total)):
         step = a[:, rows].contiguous()  # only what is dense is transposed fast
