@@ -70,8 +70,10 @@ def _collect(weights: Tensor, partners: Tensor, left: Tensor, right: Tensor, d_r
             F.embedding_bag(sources[members], left, first, mode="sum", per_sample_weights=weights[members])
         )
     if norms:
-        totals = torch.segment_reduce(weights, "sum", offsets=bounds)
-        d_right.addcmul_(right, totals[:, None], value=-1)
+        # sums of the weights themselves: `segment_reduce` would do it, and is not there on every device
+        one = weights.new_ones(1, 1)
+        totals = F.embedding_bag(torch.zeros_like(pairs), one, bounds[:-1], mode="sum", per_sample_weights=weights)
+        d_right.addcmul_(right, totals, value=-1)
 
 
 def _runs(

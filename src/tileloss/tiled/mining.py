@@ -33,6 +33,7 @@ _PART = 1 << 20
 # positives of an anchor from which it pays to bisect, or to sort, instead of looping over them: measured
 _BISECT_FROM = 24
 _SORT_FROM = 96
+_WITHOUT_FLOAT64 = ("mps",)
 
 
 class Classes(NamedTuple):
@@ -173,7 +174,7 @@ class Mining(Rows):
             self.total[part.rows] = terms.sum(dim=1)
             self.active[part.rows] = (part.valid if soft else terms).count_nonzero(dim=1)
             if gradients:
-                weight = t.sigmoid() if soft else torch.heaviside(t, t.new_tensor(0.5))
+                weight = t.sigmoid() if soft else (t > 0.0).to(t.dtype).add_(t >= 0.0).mul_(0.5)
                 part.block.zero_()
                 away = self.distance.slopes_(-weight * exists, negative)
                 part.block.scatter_add_(1, part.columns, self.distance.slopes_(weight, part.positives))
@@ -321,8 +322,9 @@ class Mining(Rows):
         centre = torch.where(thresholds[:, -1:] > -INF, thresholds[:, -1:], 0.0)
         self._restore(part)  # zero times infinity is no number
         below = torch.where(thresholds > -INF, centre - thresholds, 0.0)
-        gained = ((centre - distances) * by_negative).sum(dim=1, dtype=torch.float64)
-        self.total[part.rows] = gained - (below * counts).sum(dim=1, dtype=torch.float64)
+        dtype = distances.dtype if distances.device.type in _WITHOUT_FLOAT64 else torch.float64
+        gained = ((centre - distances) * by_negative).sum(dim=1, dtype=dtype)
+        self.total[part.rows] = gained - (below * counts).sum(dim=1, dtype=dtype)
         return by_negative, by_positive
 
     def _semi_hard_negatives(self, part: _Part) -> tuple[Tensor, Tensor]:
