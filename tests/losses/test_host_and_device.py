@@ -8,6 +8,7 @@ shapes they announce, and kernels are noted instead of launched. What PyTorch's 
 GPU to show.
 """
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import tileloss
 from tileloss import functional, losses
 
-from .test_compile import CASES, WIDTH, Given, grades, made, of_embeddings
+from .test_compile import CASES, WIDTH, Case, Given, grades, made, of_embeddings
 
 pytest.importorskip("triton")
 
@@ -158,3 +159,42 @@ def test_losses_at_several_widths(
 def test_functions(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with without_numbers(backend, monkeypatch):
         step(lambda columns, _: FUNCTIONS[name](*columns).sum(), on_meta(2), None)
+
+
+@pytest.mark.usefixtures("_without_a_collector")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", [*CASES, *INNER])
+def test_nothing_waits_for_the_garbage_collector(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a step has made is gone when it ends: a circle of references would hold a GPU's memory for some steps."""
+    if name in WITHOUT_KERNELS and backend == "triton":
+        pytest.skip("has no kernels")
+    case = CASES.get(name) or Case(3 if name == "width by width" else 2, INNER[name][1])
+    model = Given()
+    loss = made(name) if name in CASES else losses.MatryoshkaLoss(model, INNER[name][0](model), DIMS)
+    function, labels = of_embeddings(loss), case.labels(ROWS)
+    monkeypatch.setattr("tileloss.kernels.launch.Launch", lambda *_: None)  # a record would keep its tensors alive
+    if backend == "triton":
+        function, labels = after_a_first(loss, case.columns, labels)
+    with without_numbers(backend, monkeypatch) if backend == "triton" else tileloss.use_backend(backend):
+        counts = []
+        for _ in range(3):  # the first fills caches, such as of constants
+            columns = [x if backend == "triton" else x.new_ones(x.shape, device="cpu") for x in on_meta(case.columns)]
+            step(function, [x.detach().requires_grad_() for x in columns], labels)
+            del columns
+            counts.append(tensors())
+    assert counts[1] == counts[2]
+
+
+def tensors() -> int:
+    """How many tensors are alive that were made in the test, the collector not having run."""
+    return sum(issubclass(type(x), Tensor) for x in gc.get_objects())
+
+
+@pytest.fixture
+def _without_a_collector() -> Iterator[None]:
+    gc.freeze()  # what is there now is not looked through
+    gc.disable()
+    yield
+    gc.enable()
+    gc.unfreeze()

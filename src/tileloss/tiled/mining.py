@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tileloss.tiled.chosen_pairs import pull_pairs
-from tileloss.tiled.distance import BLOCK_DISTANCES
+from tileloss.tiled.distance import BLOCK_DISTANCES, SquaredEuclideanDistance
 from tileloss.tiled.rows import Rows
 
 INF = float("inf")
@@ -120,12 +120,20 @@ class Mining(Rows):
     ) -> None:
         super().__init__(embeddings)
         self.problem = problem
-        self.distance = BLOCK_DISTANCES[problem.distance](self)
         self.total = torch.zeros(problem.size, dtype=self.dtype, device=embeddings.device)
         self.active = torch.zeros_like(self.total, dtype=torch.int64)
         self.hardest_positive, self.hardest_negative, self.negative = (torch.empty_like(self.total) for _ in range(3))
         self.positive_index, self.negative_index = (torch.empty_like(self.active) for _ in range(2))
         self.hardest_positive.fill_(-INF)
+
+    @property
+    def distance(self) -> SquaredEuclideanDistance:
+        """Of the problem, over rows as they are read here.
+
+        Made at every look: one that was kept would close a circle with this object, which then held its memory until
+        the garbage collector came by.
+        """
+        return BLOCK_DISTANCES[self.problem.distance](self)
 
     def all_triplets(
         self,
