@@ -1,5 +1,6 @@
 """Which backend serves a call: what is asked for, in what order of precedence, and what is said when it cannot run."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -10,13 +11,14 @@ import pytest
 import torch
 
 import tileloss
-from tileloss import backend, reference, tiled
+from tileloss import backend, distributed, functional, reference, tiled
 from tileloss.backend import choose, explain, requested, use_backend
 from tileloss.errors import BackendError, FallbackWarning, InputError, ShapeError
 from tileloss.functional import contrastive_loss
 from tileloss.spec import DIRECTIONS
 
 LARGE = 10**9
+DISTRIBUTED = ["contrastive_loss", "contrastive_loss_with_stats"]
 
 
 class Pretended:
@@ -106,6 +108,18 @@ def test_the_environment_counts_from_the_import_on(value: str, expected: str) ->
         [sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     assert run.stdout.strip() == expected
+
+
+def test_every_function_says_that_a_backend_may_be_asked_for() -> None:
+    """Type checkers, editors and the documentation read signatures, and see nothing of what a decorator adds."""
+    for module, names in ((functional, functional.__all__), (distributed, DISTRIBUTED)):
+        functions = [getattr(module, name) for name in names if inspect.isfunction(getattr(module, name))]
+        assert len(functions) >= len(DISTRIBUTED)
+        for function in functions:
+            declared = inspect.signature(function).parameters.get("backend")
+            assert declared is not None, function.__name__
+            assert declared.kind is inspect.Parameter.KEYWORD_ONLY
+            assert declared.default is None
 
 
 def test_unknown_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,7 +103,10 @@ def recorded() -> Iterator[list[Choice]]:
 
 
 def accepts_backend(function: _Fn) -> _Fn:
-    """Give a functional op the keyword `backend`, which forces a backend for that one call."""
+    """Let the keyword `backend` of a functional op force a backend for that one call.
+
+    The op declares it, for those who read signatures, and never sees it.
+    """
 
     @functools.wraps(function)
     def wrapper(*args: Any, backend: str | None = None, **kwargs: Any) -> Any:

@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tileloss import backend
 from tileloss.agreement import agree
+from tileloss.backend import accepts_backend
 from tileloss.collectives import GroupPart
 from tileloss.errors import InputError, ShapeError
 from tileloss.functional import contrastive
@@ -45,13 +45,14 @@ logger = logging.getLogger(__name__)
 _warned = False
 
 
-@backend.accepts_backend
+@accepts_backend
 def contrastive_loss(
     queries: Tensor,  # (B, D)
     docs: Tensor,  # (C * B, D)
     *,
     exchange: str = "auto",
     group: dist.ProcessGroup | None = None,
+    backend: str | None = None,
     **objective: Any,
 ) -> Tensor:
     """`tileloss.functional.contrastive_loss` of a batch whose parts are on the processes of a group: one part's share.
@@ -99,13 +100,14 @@ def contrastive_loss(
     return _contrastive(lambda: {"queries": queries, "docs": docs, **objective}, exchange, group)[0]
 
 
-@backend.accepts_backend
+@accepts_backend
 def contrastive_loss_with_stats(
     queries: Tensor,  # (B, D)
     docs: Tensor,  # (C * B, D)
     *,
     exchange: str = "auto",
     group: dist.ProcessGroup | None = None,
+    backend: str | None = None,
     **objective: Any,
 ) -> tuple[Tensor, ContrastiveStats]:
     """As `contrastive_loss`, with the statistics of this process's queries among the documents of all beside it."""

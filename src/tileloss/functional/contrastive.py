@@ -14,8 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tileloss import backend, reference
+from tileloss import reference
 from tileloss.arguments import items, number
+from tileloss.backend import accepts_backend, choose
 from tileloss.errors import DeviceError, DtypeError, InputError, ShapeError
 from tileloss.functional.checks import check_queries_and_docs
 from tileloss.functional.contrastive_op import block_loss
@@ -50,7 +51,7 @@ class Call(NamedTuple):
     guide: Guide | None
 
 
-@backend.accepts_backend
+@accepts_backend
 def contrastive_loss(
     queries: Tensor,  # (B, D)
     docs: Tensor,  # (M, D)
@@ -61,6 +62,7 @@ def contrastive_loss(
     partition: str = "joint",
     hardness: tuple[str | None, float] | None = None,
     exclude: Tensor | Guide | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Mean over queries of log-sum-exp(candidates) minus the positive's logit: cross-entropy with in-batch negatives.
 
@@ -115,7 +117,7 @@ def contrastive_loss(
     return _loss_and_statistics(call, with_statistics=False)[0]
 
 
-@backend.accepts_backend
+@accepts_backend
 def contrastive_loss_with_stats(
     queries: Tensor,  # (B, D)
     docs: Tensor,  # (M, D)
@@ -126,6 +128,7 @@ def contrastive_loss_with_stats(
     partition: str = "joint",
     hardness: tuple[str | None, float] | None = None,
     exclude: Tensor | Guide | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, ContrastiveStats]:
     """As `contrastive_loss`, with the statistics of the same pass beside the loss; they cost no further GEMM."""
     call = check_call(queries, docs, scale, similarity, directions, partition, hardness, exclude)
@@ -240,7 +243,7 @@ def choose_backend(queries: Tensor, docs: Tensor, spec: ContrastiveSpec, similar
         # both directions of one matrix are walked twice, which on a CPU pays from 512 x 512 on
         if widest.is_cpu and len(spec.directions) == 2 and "doc_to_query" in spec.directions:
             similarities //= 4
-    return backend.choose(widest, similarities, _obstacles(spec, queries, docs)).backend
+    return choose(widest, similarities, _obstacles(spec, queries, docs)).backend
 
 
 def _obstacles(spec: ContrastiveSpec, queries: Tensor, docs: Tensor) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tileloss import backend
+from tileloss.backend import accepts_backend, choose
 from tileloss.errors import ShapeError
 from tileloss.functional.checks import check_rows
 from tileloss.functional.dispersion_op import gram_dispersion
@@ -32,11 +32,12 @@ class Dispersion(NamedTuple):
     second_moment: Tensor
 
 
-@backend.accepts_backend
+@accepts_backend
 def dispersion(
     embeddings: Tensor,  # (B, D)
     *,
     similarity: str | SimilarityFn = "cosine",
+    backend: str | None = None,
 ) -> Dispersion:
     """The mean of the similarities of all pairs of different rows, and the mean of their squares.
 
@@ -77,7 +78,7 @@ def dispersion(
     check_rows("embeddings", embeddings)
     embeddings = embeddings if embeddings.layout == torch.strided else embeddings.to_dense()
     size = len(embeddings)
-    chosen = backend.choose(embeddings, size * size, _obstacles(known)).backend
+    chosen = choose(embeddings, size * size, _obstacles(known)).backend
     if chosen != "reference" and embeddings.numel():  # without numbers there are no blocks
         return Dispersion(*gram_dispersion(embeddings, str(known), chosen)[:2])
     with full_precision(embeddings):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tileloss import backend
+from tileloss.backend import accepts_backend, choose
 from tileloss.functional.checks import check_queries_and_docs
 from tileloss.functional.hardest_op import block_hardest
 from tileloss.reference.hardest import hardest_negatives as definition
@@ -39,12 +39,13 @@ class HardestNegatives(NamedTuple):
     positive_similarity: Tensor
 
 
-@backend.accepts_backend
+@accepts_backend
 def hardest_negatives(
     queries: Tensor,  # (B, D)
     docs: Tensor,  # (M, D)
     *,
     similarity: str | SimilarityFn = "cosine",
+    backend: str | None = None,
 ) -> HardestNegatives:
     """For each query the most similar document other than its own, and how similar its own is.
 
@@ -83,7 +84,7 @@ def hardest_negatives(
     queries, docs = (x if x.layout == torch.strided else x.to_dense() for x in (queries, docs))
     # of mixed inputs the wider one decides, for they are computed in its dtype
     widest = queries if queries.element_size() >= docs.element_size() else docs
-    chosen = backend.choose(widest, _WORTH * len(queries) * len(docs), _obstacles(known)).backend
+    chosen = choose(widest, _WORTH * len(queries) * len(docs), _obstacles(known)).backend
     if chosen == "reference" or queries.numel() == 0:  # without numbers there are no blocks
         with full_precision(queries):
             return HardestNegatives(*definition(queries, docs, known))

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from tileloss import backend, reference
+from tileloss import reference
 from tileloss.arguments import finite_number
+from tileloss.backend import accepts_backend
 from tileloss.functional.contrastive import ContrastiveStats, check_call, choose_backend
 from tileloss.functional.matryoshka_op import block_matryoshka
 from tileloss.functional.prefix_cosines import check_dims
@@ -24,7 +25,7 @@ from tileloss.similarity import full_precision
 _WORTH = 16
 
 
-@backend.accepts_backend
+@accepts_backend
 def matryoshka_contrastive_loss(
     queries: Tensor,  # (B, D)
     docs: Tensor,  # (M, D)
@@ -35,6 +36,7 @@ def matryoshka_contrastive_loss(
     partition: str = "joint",
     hardness: tuple[str | None, float] | None = None,
     exclude: Tensor | Guide | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """The weighted sum over prefix widths d of `contrastive_loss(queries[:, :d], docs[:, :d])`, by cosine similarity.
 
@@ -73,7 +75,7 @@ def matryoshka_contrastive_loss(
     return _matryoshka(queries, docs, dims, scale, directions, partition, hardness, exclude)[0]
 
 
-@backend.accepts_backend
+@accepts_backend
 def matryoshka_contrastive_loss_with_stats(
     queries: Tensor,  # (B, D)
     docs: Tensor,  # (M, D)
@@ -84,6 +86,7 @@ def matryoshka_contrastive_loss_with_stats(
     partition: str = "joint",
     hardness: tuple[str | None, float] | None = None,
     exclude: Tensor | Guide | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, dict[int, ContrastiveStats]]:
     """As `matryoshka_contrastive_loss`, with the statistics of the same pass at each width beside the loss."""
     return _matryoshka(queries, docs, dims, scale, directions, partition, hardness, exclude)

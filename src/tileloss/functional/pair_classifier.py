@@ -12,8 +12,8 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, is_autocast_enabled
 
-from tileloss import backend
 from tileloss.arguments import items
+from tileloss.backend import accepts_backend, choose, device_type, is_small, requested
 from tileloss.errors import DeviceError, DtypeError, InputError, ShapeError
 from tileloss.functional.checks import check_rows
 from tileloss.functional.pair_classifier_op import block_pair_logits
@@ -28,7 +28,7 @@ _OBSTACLES = {"triton": "the classifier over pairs has no kernels: it is GEMMs o
 _NUMBERS_PER_SIMILARITY, _NUMBERS_PER_SIMILARITY_ON_CPU = 3, 8
 
 
-@backend.accepts_backend
+@accepts_backend
 def pair_logits(
     first: Tensor,  # (B, D)
     second: Tensor,  # (B, D)
@@ -36,6 +36,7 @@ def pair_logits(
     bias: Tensor | None = None,  # (C,)
     *,
     concatenate: Collection[str] = ("rep", "difference"),
+    backend: str | None = None,
 ) -> Tensor:  # (B, C)
     """The logits of a linear classifier over the features [u, v, |u - v|, u * v] of each pair (u, v) of rows.
 
@@ -81,8 +82,8 @@ def are_few(
     return (
         len(shape) == 2
         and second.shape == shape
-        and backend.is_small(first, _similarities(first))
-        and not is_autocast_enabled(backend.device_type(first))
+        and is_small(first, _similarities(first))
+        and not is_autocast_enabled(device_type(first))
     )
 
 
@@ -101,8 +102,8 @@ def logits_of_pairs(
     _check(first, second, weight, bias, parts)
     first, second = (x if x.layout is torch.strided else x.to_dense() for x in (first, second))
     # Triton is refused by name alone: of an automatic choice it means blocks, and those are the fastest there is
-    obstacles = _OBSTACLES if backend.requested() == "triton" else None
-    chosen = backend.choose(first, _similarities(first), obstacles).backend
+    obstacles = _OBSTACLES if requested() == "triton" else None
+    chosen = choose(first, _similarities(first), obstacles).backend
     if chosen == "reference" or first.numel() == 0:  # without numbers there are no blocks
         with full_precision(first):
             return definition(first, second, weight, bias, parts)

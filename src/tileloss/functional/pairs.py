@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tileloss import backend, reference
+from tileloss import reference
 from tileloss.arguments import finite_number, items
+from tileloss.backend import accepts_backend, choose
 from tileloss.errors import DeviceError, InputError, ShapeError
 from tileloss.functional.checks import check_rows
 from tileloss.functional.pairs_op import block_pairs
@@ -34,12 +35,13 @@ _LARGEST_STACKED_ON_CPU = 32_768
 _METRICS = (*DISTANCES, "cosine", "torch_cosine")
 
 
-@backend.accepts_backend
+@accepts_backend
 def paired_similarity(
     a: Tensor,  # (B, D)
     b: Tensor | Sequence[Tensor],  # (B, D), or N of them
     *,
     similarity: str = "cosine",
+    backend: str | None = None,
 ) -> Tensor:  # (B,) or (B, N)
     """Similarity of every row of `a` with the same row of `b`, or of each of several matrices.
 
@@ -77,13 +79,14 @@ def paired_similarity(
     return -found if similarity in DISTANCES else found
 
 
-@backend.accepts_backend
+@accepts_backend
 def paired_distance(
     a: Tensor,  # (B, D)
     b: Tensor | Sequence[Tensor],  # (B, D), or N of them
     *,
     metric: str = "euclidean",
     eps: float = 0.0,
+    backend: str | None = None,
 ) -> Tensor:  # (B,) or (B, N)
     """Distance of every row of `a` to the same row of `b`, or of each of several matrices.
 
@@ -222,4 +225,4 @@ def _backend(a: Tensor, others: list[Tensor], measure: str) -> str:
     for x in others:
         widest = x if x.dtype != widest.dtype and x.element_size() > widest.element_size() else widest
     worth = (_WORTH_ON_CPU if a.is_cpu else _WORTH)[measure]
-    return backend.choose(widest, int(size * worth)).backend
+    return choose(widest, int(size * worth)).backend

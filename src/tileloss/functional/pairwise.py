@@ -12,19 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tileloss import backend, reference
+from tileloss import reference
+from tileloss.backend import accepts_backend, choose
 from tileloss.errors import DeviceError, DtypeError, InputError, ShapeError
 from tileloss.functional.pairwise_op import block_matrix
 from tileloss.metrics import METRICS
 from tileloss.similarity import full_precision, up_dtype
 
 
-@backend.accepts_backend
+@accepts_backend
 def pairwise_distance(
     a: Tensor,  # (N, D)
     b: Tensor | None = None,  # (M, D)
     *,
     metric: str = "euclidean",
+    backend: str | None = None,
 ) -> Tensor:  # (N, M)
     """Distances between all rows of `a` and all rows of `b`.
 
@@ -61,12 +63,13 @@ def pairwise_distance(
     return _matrix(a, b, metric, "metric", similarity=False)
 
 
-@backend.accepts_backend
+@accepts_backend
 def pairwise_similarity(
     a: Tensor,  # (N, D)
     b: Tensor | None = None,  # (M, D)
     *,
     similarity: str = "cosine",
+    backend: str | None = None,
 ) -> Tensor:  # (N, M)
     """Similarities of all rows of `a` with all rows of `b`.
 
@@ -132,4 +135,4 @@ def _backend(a: Tensor, b: Tensor, metric: str) -> str:
     # of mixed inputs the wider one decides, for they are computed in its dtype
     widest = a if a.element_size() >= b.element_size() else b
     # Manhattan's definition makes all differences, and is slower than the blocks at any size
-    return backend.choose(widest, None if metric == "manhattan" else len(a) * len(b)).backend
+    return choose(widest, None if metric == "manhattan" else len(a) * len(b)).backend

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tileloss import backend
 from tileloss.arguments import items
+from tileloss.backend import accepts_backend, choose
 from tileloss.errors import DeviceError, DtypeError, InputError, ShapeError
 from tileloss.functional.checks import check_rows
 from tileloss.functional.prefix_cosines_op import block_prefix_cosines
@@ -22,11 +22,13 @@ from tileloss.reference.prefix_cosines import prefix_cosines as definition
 from tileloss.similarity import full_precision, up_dtype
 
 
-@backend.accepts_backend
+@accepts_backend
 def prefix_cosines(
     a: Tensor,  # (B, D)
     b: Tensor,  # (B, D)
     dims: Sequence[int],
+    *,
+    backend: str | None = None,
 ) -> Tensor:  # (B, K)
     """The cosine of the first d numbers of each row of `a` with those of the same row of `b`, for each d of `dims`.
 
@@ -69,7 +71,7 @@ def prefix_cosines(
     a, b = (x if x.layout == torch.strided else x.to_dense() for x in (a, b))
     # of mixed inputs the wider one decides, for they are computed in its dtype
     widest = a if a.element_size() >= b.element_size() else b
-    chosen = backend.choose(widest).backend  # whatever the size: even of a few rows, one read is faster than K
+    chosen = choose(widest).backend  # whatever the size: even of a few rows, one read is faster than K
     if chosen == "reference":
         with full_precision(a):
             return definition(a, b, given)

@@ -11,17 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tileloss import backend
+from tileloss.backend import accepts_backend, choose
 from tileloss.errors import DtypeError, InputError, ShapeError
 from tileloss.functional.checks import check_labels
 from tileloss.functional.ranking_op import sorted_loss
 from tileloss.reference.ranking import ranking_loss as definition
 
 
-@backend.accepts_backend
+@accepts_backend
 def ranking_loss(
     scores: Tensor,  # (B,)
     labels: Tensor,  # (B,) or (B, 1)
+    *,
+    backend: str | None = None,
 ) -> Tensor:
     """log(1 + sum of exp(scores[k] - scores[i]) over all rows k, i with labels[k] < labels[i]).
 
@@ -57,7 +59,7 @@ def ranking_loss(
     _check_scores(scores)
     labels = check_labels(labels, scores, "scores", "number", "which is above and below nothing: leave such rows out.")
     labels = labels.to(torch.uint8) if labels.dtype == torch.bool else labels  # booleans cannot be searched
-    chosen = backend.choose(scores).backend
+    chosen = choose(scores).backend
     if chosen == "reference" or len(scores) == 0:  # without rows there is nothing to scan
         return definition(scores, labels)
     return sorted_loss(scores, labels)

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tileloss import backend
 from tileloss.arguments import finite_number
+from tileloss.backend import accepts_backend, choose
 from tileloss.errors import InputError, ShapeError
 from tileloss.functional.checks import check_labels, check_rows
 from tileloss.functional.triplet_op import block_loss, materialised_loss
@@ -59,7 +59,7 @@ class TripletStats(NamedTuple):
     hardest_negative_distance: Tensor
 
 
-@backend.accepts_backend
+@accepts_backend
 def triplet_loss(
     embeddings: Tensor,  # (B, D)
     labels: Tensor,  # (B,) or (B, 1)
@@ -67,6 +67,7 @@ def triplet_loss(
     mining: str = "all",
     margin: float | str = 5.0,
     distance: str | DistanceFn = "euclidean",
+    backend: str | None = None,
 ) -> Tensor:
     """Texts of one class belong nearer together than texts of different classes, by a margin.
 
@@ -115,7 +116,7 @@ def triplet_loss(
     return mined(embeddings, labels, mining, margin, distance).loss
 
 
-@backend.accepts_backend
+@accepts_backend
 def triplet_loss_with_stats(
     embeddings: Tensor,  # (B, D)
     labels: Tensor,  # (B,) or (B, 1)
@@ -123,6 +124,7 @@ def triplet_loss_with_stats(
     mining: str = "all",
     margin: float | str = 5.0,
     distance: str | DistanceFn = "euclidean",
+    backend: str | None = None,
 ) -> tuple[Tensor, TripletStats]:
     """As `triplet_loss`, with the statistics of the same pass beside the loss; they cost no further GEMM."""
     found = mined(embeddings, labels, mining, margin, distance)
@@ -220,5 +222,5 @@ def _backend(embeddings: Tensor, mining: str, distance: str | DistanceFn) -> str
         reason = f"the distance {distance!r} is none of {list(DISTANCES)} nor a stock function for them"
         obstacles = dict.fromkeys(("tiled", "triton"), reason)
     if mining == "all" and torch.compiler.is_compiling():
-        return backend.choose(embeddings, None, obstacles).backend  # materialised triplets have no shape known ahead
-    return backend.choose(embeddings, _WORK[mining] * len(embeddings) ** 2, obstacles).backend
+        return choose(embeddings, None, obstacles).backend  # materialised triplets have no shape known ahead
+    return choose(embeddings, _WORK[mining] * len(embeddings) ** 2, obstacles).backend

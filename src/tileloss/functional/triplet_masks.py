@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tileloss import backend, reference
+from tileloss import reference
+from tileloss.backend import accepts_backend, choose
 from tileloss.errors import DtypeError, InputError, ShapeError
 from tileloss.tiled.triplet_masks import triplet_masks as masks_in_place
 
@@ -30,11 +31,12 @@ class TripletMasks(NamedTuple):
     triplet: Tensor | None  # (B, B, B)
 
 
-@backend.accepts_backend
+@accepts_backend
 def triplet_masks(
     labels: Tensor,  # (B,) or (B, 1)
     *,
     triplets: bool = False,
+    backend: str | None = None,
 ) -> TripletMasks:
     """Masks of the valid pairs, and on request triplets, of a batch.
 
@@ -73,7 +75,7 @@ def triplet_masks(
     if len(labels) == 0:
         return TripletMasks(*reference.triplet_masks(labels, triplets))
     # the kernel compares labels of any dtype, and computes in none: the device alone decides
-    chosen = backend.choose(torch.empty(0, device=labels.device)).backend
+    chosen = choose(torch.empty(0, device=labels.device)).backend
     if chosen == "triton":
         positive, negative, triplet = _fused_masks(labels, triplets)
         return TripletMasks(positive, negative, triplet if triplets else None)

@@ -20,7 +20,9 @@ class Matryoshka2dLoss(AdaptiveLayerLoss):
     Args:
         model, loss: as in `AdaptiveLayerLoss`.
         matryoshka_dims, matryoshka_weights, n_dims_per_step: as in `MatryoshkaLoss`; by default one width a step.
-        n_layers_per_step and all that follow n_dims_per_step: as in `AdaptiveLayerLoss`.
+        n_layers_per_step: as in `AdaptiveLayerLoss`; by default one prior layer a step.
+        last_layer_weight, prior_layers_weight, kl_div_weight: as there.
+        kl_temperature, layer_weighting: as there.
 
     Raises, warns: as those two.
 
