@@ -2,9 +2,10 @@
 
 Forward returns loss, statistics and the gradients that were asked for; backward scales them. When the backward is
 itself to be differentiated (`create_graph=True`), it runs through the materialised definition instead, whose graph
-autograd can follow. A similarity that is a Python function cannot be an operator's argument, nor can the processes
-that a batch is spread over: these take the same road as an `autograd.Function`. All exchange between processes is in
-the forward. The backward is local, and takes it for granted that every process multiplies its loss by the same number.
+autograd can follow. Only a compiler needs the operator: eager calls take the same road as an `autograd.Function`,
+which is the shorter one (see `node.py`), and so do a similarity that is a Python function and a batch that is spread
+over processes, neither of which can be an operator's argument. All exchange between processes is in the forward. The
+backward is local, and takes it for granted that every process multiplies its loss by the same number.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ def block_loss(
     """Loss (0-dim) and statistics (3,) by the block algorithms of a backend, as a node of the autograd graph."""
     number, tensor = (0.0, scale) if isinstance(scale, Tensor) else (float(scale), None)
     needs = wanted(queries, docs, tensor)
-    if part is not None or not isinstance(spec.similarity, str):
+    if part is not None or not isinstance(spec.similarity, str) or not torch.compiler.is_compiling():
         passes = passes_of(backend)
-        return _UnregisteredLoss.apply(queries, docs, tensor, number, spec, doc_ids, mask, guide, needs, passes, part)
+        return _EagerLoss.apply(queries, docs, tensor, number, spec, doc_ids, mask, guide, needs, passes, part)
     guide_queries, guide_docs, margin, strategy = guide or (None, None, 0.0, "")
     loss, stats, *_ = _contrastive(
         queries, docs, tensor, doc_ids, mask, guide_queries, guide_docs, float(margin), strategy, number,
@@ -111,8 +112,8 @@ def _backward(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Any, ...]:
 _contrastive.register_autograd(_backward, setup_context=_setup_context)
 
 
-class _UnregisteredLoss(torch.autograd.Function):
-    """The same node for a similarity that is a row-wise Python function, or for a part of a batch."""
+class _EagerLoss(torch.autograd.Function):
+    """The operator's node for eager calls, also of a row-wise Python function or for a part of a batch."""
 
     @staticmethod
     def forward(ctx: Any, queries, docs, scale_tensor, scale, spec, doc_ids, mask, guide, needs, passes, part):  # type: ignore[no-untyped-def]

@@ -16,6 +16,7 @@ from torch import Tensor
 from tileloss import reference, tiled
 from tileloss.functional.contrastive import Call
 from tileloss.functional.contrastive_op import guide_of, passes_of, ready_gradients, spec_of
+from tileloss.functional.node import node
 from tileloss.similarity import ready_dtype
 from tileloss.tiled import Needs
 from tileloss.tiled.matryoshka import matryoshka_contrastive_loss
@@ -35,7 +36,7 @@ def block_matryoshka(
     recording = torch.is_grad_enabled()
     needs = [recording and x is not None and x.requires_grad for x in (queries, docs, tensor)]
     guide_queries, guide_docs, margin, strategy = guide or (None, None, 0.0, "")
-    loss, stats, *_ = _matryoshka(
+    loss, stats, *_ = _loss(
         queries, docs, tensor, doc_ids, mask, guide_queries, guide_docs, float(margin), strategy, number,
         "+".join(spec.directions), spec.partition, spec.hardness or "", spec.hardness_strength, list(dims),
         list(weights), needs, backend,
@@ -43,7 +44,6 @@ def block_matryoshka(
     return loss, stats
 
 
-@torch.library.custom_op("tileloss::matryoshka", mutates_args=())
 def _matryoshka(
     queries: Tensor,
     docs: Tensor,
@@ -102,7 +102,10 @@ def _prefix_passes(backend: str) -> PrefixPasses:
     return PrefixPasses()
 
 
-@_matryoshka.register_fake
+_operator = torch.library.custom_op("tileloss::matryoshka", mutates_args=())(_matryoshka)
+
+
+@_operator.register_fake
 def _shapes(queries: Tensor, docs: Tensor, scale_tensor: Tensor | None, *settings: Any) -> tuple[Tensor, ...]:
     dims, _, needs, _ = settings[-4:]
     sums = torch.float64 if torch.float64 in (queries.dtype, docs.dtype) else torch.float32
@@ -128,4 +131,5 @@ def _backward(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Any, ...]:
     return (*ready_gradients(ctx, d_loss), *[None] * 15)
 
 
-_matryoshka.register_autograd(_backward, setup_context=_setup_context)
+_operator.register_autograd(_backward, setup_context=_setup_context)
+_loss = node(_operator, _matryoshka, _setup_context, _backward)
