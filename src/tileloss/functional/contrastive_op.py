@@ -2,10 +2,11 @@
 
 Forward returns loss, statistics and the gradients that were asked for; backward scales them. When the backward is
 itself to be differentiated (`create_graph=True`), it runs through the materialised definition instead, whose graph
-autograd can follow. Only a compiler needs the operator: eager calls take the same road as an `autograd.Function`,
-which is the shorter one (see `node.py`), and so do a similarity that is a Python function and a batch that is spread
-over processes, neither of which can be an operator's argument. All exchange between processes is in the forward. The
-backward is local, and takes it for granted that every process multiplies its loss by the same number.
+autograd can follow. An eager call takes the same road as an `autograd.Function`, because PyTorch's way to an operator
+of many arguments that is written in Python takes 0.1 ms, which a batch of a few hundred rows feels, and a GPU that
+waits for its host. So do a similarity that is a Python function and a batch that is spread over processes, neither of
+which can be an operator's argument. All exchange between processes is in the forward. The backward is local, and takes
+it for granted that every process multiplies its loss by the same number.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tileloss import reference, tiled
 from tileloss.functional.contrastive_part import definition_of_part
@@ -40,7 +41,7 @@ def block_loss(
     """Loss (0-dim) and statistics (3,) by the block algorithms of a backend, as a node of the autograd graph."""
     number, tensor = (0.0, scale) if isinstance(scale, Tensor) else (float(scale), None)
     needs = wanted(queries, docs, tensor)
-    if part is not None or not isinstance(spec.similarity, str) or not torch.compiler.is_compiling():
+    if part is not None or not isinstance(spec.similarity, str) or not needs_operator(queries):
         passes = passes_of(backend)
         return _EagerLoss.apply(queries, docs, tensor, number, spec, doc_ids, mask, guide, needs, passes, part)
     guide_queries, guide_docs, margin, strategy = guide or (None, None, 0.0, "")
@@ -50,6 +51,11 @@ def block_loss(
         backend,
     )  # fmt: skip
     return loss, stats
+
+
+def needs_operator(x: Tensor) -> bool:
+    """Whether a compiler is at work, or x has a shape and no numbers, as meta and fake tensors do."""
+    return torch.compiler.is_compiling() or x.is_meta or type(x) not in (Tensor, nn.Parameter)
 
 
 @torch.library.custom_op("tileloss::contrastive", mutates_args=())

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tileloss.functional.node import node
 from tileloss.reference.dispersion import dispersion as definition
 from tileloss.similarity import full_precision, up_dtype
 from tileloss.tiled import dispersion as tiled
 from tileloss.tiled.rows import Rows
 
 
-def _dispersion(
+@torch.library.custom_op("tileloss::dispersion", mutates_args=())
+def gram_dispersion(
     embeddings: Tensor,  # (B, D), B > 0
     similarity: str,
     backend: str,
@@ -28,10 +28,7 @@ def _dispersion(
     return found.mean, found.second_moment, found.gram, found.total
 
 
-_operator = torch.library.custom_op("tileloss::dispersion", mutates_args=())(_dispersion)
-
-
-@_operator.register_fake
+@gram_dispersion.register_fake
 def _shapes(embeddings: Tensor, similarity: str, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     size, width = embeddings.shape
     side = size if size <= width else width
@@ -81,8 +78,7 @@ def _backward(ctx: Any, d_mean: Tensor, d_second_moment: Tensor, *_: Any) -> tup
     return gradient, None, None
 
 
-_operator.register_autograd(_backward, setup_context=_setup_context)
-gram_dispersion = node(_operator, _dispersion, _setup_context, _backward)
+gram_dispersion.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _rows(backend: str) -> type[Rows]:

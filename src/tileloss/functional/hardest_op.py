@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tileloss.functional.node import node
 from tileloss.reference.hardest import hardest_negatives as definition
 from tileloss.similarity import full_precision
 from tileloss.tiled import hardest as tiled
 
 
-def _hardest(
+@torch.library.custom_op("tileloss::hardest", mutates_args=())
+def block_hardest(
     queries: Tensor,  # (B, D)
     docs: Tensor,  # (M, D)
     similarity: str,
@@ -27,10 +27,7 @@ def _hardest(
     return tiled.hardest_negatives(queries, docs, similarity, _passes(backend))
 
 
-_operator = torch.library.custom_op("tileloss::hardest", mutates_args=())(_hardest)
-
-
-@_operator.register_fake
+@block_hardest.register_fake
 def _shapes(queries: Tensor, docs: Tensor, similarity: str, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     sums = torch.float64 if torch.float64 in (queries.dtype, docs.dtype) else torch.float32
     # by shape, because len() would bind a compiled graph to one batch size
@@ -92,8 +89,7 @@ def _backward(ctx: Any, d_hardest: Tensor, _: Any, d_own: Tensor) -> tuple[Tenso
     return *(g if need else None for g, need in zip(found, needs, strict=True)), None, None
 
 
-_operator.register_autograd(_backward, setup_context=_setup_context)
-block_hardest = node(_operator, _hardest, _setup_context, _backward)
+block_hardest.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _through_definition(

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from tileloss import reference, tiled
 from tileloss.functional.contrastive import Call
-from tileloss.functional.contrastive_op import guide_of, passes_of, ready_gradients, spec_of
-from tileloss.functional.node import node
+from tileloss.functional.contrastive_op import guide_of, needs_operator, passes_of, ready_gradients, spec_of
 from tileloss.similarity import ready_dtype
 from tileloss.tiled import Needs
 from tileloss.tiled.matryoshka import matryoshka_contrastive_loss
@@ -36,7 +35,8 @@ def block_matryoshka(
     recording = torch.is_grad_enabled()
     needs = [recording and x is not None and x.requires_grad for x in (queries, docs, tensor)]
     guide_queries, guide_docs, margin, strategy = guide or (None, None, 0.0, "")
-    loss, stats, *_ = _loss(
+    run = _operator if needs_operator(queries) else _EagerLoss.apply
+    loss, stats, *_ = run(
         queries, docs, tensor, doc_ids, mask, guide_queries, guide_docs, float(margin), strategy, number,
         "+".join(spec.directions), spec.partition, spec.hardness or "", spec.hardness_strength, list(dims),
         list(weights), needs, backend,
@@ -132,4 +132,15 @@ def _backward(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Any, ...]:
 
 
 _operator.register_autograd(_backward, setup_context=_setup_context)
-_loss = node(_operator, _matryoshka, _setup_context, _backward)
+
+
+class _EagerLoss(torch.autograd.Function):
+    """The operator's node for eager calls."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _matryoshka(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from tileloss import reference
-from tileloss.functional.node import node
 from tileloss.similarity import full_precision, up_dtype
 from tileloss.tiled import pairwise as tiled
 
@@ -30,9 +29,10 @@ def block_matrix(
     backend: str,
 ) -> Tensor:  # (N, M)
     """The matrix by the block algorithms of a backend, as a node of the autograd graph."""
-    return _matrix(a, b, metric, similarity, backend)
+    return _pairwise(a, b, metric, similarity, backend)
 
 
+@torch.library.custom_op("tileloss::pairwise", mutates_args=())
 def _pairwise(a: Tensor, b: Tensor | None, metric: str, similarity: bool, backend: str) -> Tensor:
     if backend == "triton":
         from tileloss.kernels.pairwise import pairwise_matrix
@@ -41,10 +41,7 @@ def _pairwise(a: Tensor, b: Tensor | None, metric: str, similarity: bool, backen
     return tiled.pairwise_matrix(a, b, metric, similarity)
 
 
-_operator = torch.library.custom_op("tileloss::pairwise", mutates_args=())(_pairwise)
-
-
-@_operator.register_fake
+@_pairwise.register_fake
 def _(a: Tensor, b: Tensor | None, metric: str, similarity: bool, backend: str) -> Tensor:
     # by shape, because len() would bind a compiled graph to one batch size
     return a.new_empty(a.shape[0], (a if b is None else b).shape[0], dtype=up_dtype(a.dtype))
@@ -100,8 +97,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return (*(x if need else None for x, need in zip(found, needs, strict=True)), None, None, None)
 
 
-_operator.register_autograd(_backward, setup_context=_setup_context)
-_matrix = node(_operator, _pairwise, _setup_context, _backward)
+_pairwise.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _through_definition(

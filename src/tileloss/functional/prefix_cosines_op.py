@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tileloss.functional.node import node
 from tileloss.functional.second_derivative import gradients_by_definition
 from tileloss.reference.prefix_cosines import prefix_cosines as definition
 from tileloss.similarity import up_dtype
 from tileloss.tiled import prefix_cosines as tiled
 
 
-def _prefix_cosines(
+@torch.library.custom_op("tileloss::prefix_cosines", mutates_args=())
+def block_prefix_cosines(
     a: Tensor,  # (B, D)
     b: Tensor,  # (B, D)
     dims: list[int],  # ascending, without repeats
@@ -29,10 +29,7 @@ def _prefix_cosines(
     return cosines, norms
 
 
-_operator = torch.library.custom_op("tileloss::prefix_cosines", mutates_args=())(_prefix_cosines)
-
-
-@_operator.register_fake
+@block_prefix_cosines.register_fake
 def _(a: Tensor, b: Tensor, dims: list[int], backend: str) -> tuple[Tensor, Tensor]:
     sums = torch.promote_types(up_dtype(a.dtype), up_dtype(b.dtype))
     # by shape, because len() would bind a compiled graph to one batch size
@@ -94,8 +91,7 @@ def _backward(ctx: Any, d_cosines: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     return *(g if need else None for g, need in zip(found, needs, strict=True)), None, None
 
 
-_operator.register_autograd(_backward, setup_context=_setup_context)
-block_prefix_cosines = node(_operator, _prefix_cosines, _setup_context, _backward)
+block_prefix_cosines.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _backend(name: str) -> Any:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tileloss.functional.node import node
 from tileloss.reference.pairwise import pairwise_matrix
 from tileloss.reference.triplet import Mined, euclidean_distances
 from tileloss.reference.triplet import triplet_loss as definition
@@ -32,7 +31,7 @@ def block_loss(
 ) -> Mined:
     """The loss and what statistics are made of, by a backend's block algorithms, as a node of the autograd graph."""
     need = torch.is_grad_enabled() and embeddings.requires_grad
-    *mined, _ = _loss(embeddings, labels, mining, margin, soft, distance, need, backend)
+    *mined, _ = _triplet(embeddings, labels, mining, margin, soft, distance, need, backend)
     return Mined(*mined)
 
 
@@ -53,6 +52,7 @@ def materialised_loss(
         return definition(distances, labels, mining, margin, soft)
 
 
+@torch.library.custom_op("tileloss::triplet", mutates_args=())
 def _triplet(
     embeddings: Tensor,
     labels: Tensor,
@@ -72,10 +72,7 @@ def _triplet(
     return found.loss, found.active, found.hardest_positive, found.hardest_negative, gradient
 
 
-_operator = torch.library.custom_op("tileloss::triplet", mutates_args=())(_triplet)
-
-
-@_operator.register_fake
+@_triplet.register_fake
 def _shapes(embeddings: Tensor, labels: Tensor, *settings: Any) -> tuple[Tensor, ...]:
     need = settings[-2]
     loss = embeddings.new_empty((), dtype=up_dtype(embeddings.dtype))
@@ -104,5 +101,4 @@ def _backward(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Any, ...]:
     return gradient, *[None] * 7
 
 
-_operator.register_autograd(_backward, setup_context=_setup_context)
-_loss = node(_operator, _triplet, _setup_context, _backward)
+_triplet.register_autograd(_backward, setup_context=_setup_context)
