@@ -37,6 +37,8 @@ _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # both take the same time at 256 x 256, and a guess on the side of safety for GPUs
 _SMALL = {"cpu": 256 * 256, "cuda": 1024 * 1024, "xpu": 1024 * 1024}
 
+_TRANSFORMED = "transforms of torch.func see through the materialised form alone"
+
 _Fn = TypeVar("_Fn", bound=Callable[..., Any])
 _forced: str | None = None
 _said: set[str] = set()
@@ -54,7 +56,6 @@ def _fastest(backend: str, kind: str) -> Choice:
     return Choice(backend, f"it is the fastest on {kind}")
 
 
-_TRANSFORMED = "transforms of torch.func see through the materialised form alone"
 # made once: small batches feel even that
 _SMALL_CHOICE = Choice("reference", "at this size the materialised form is fastest")
 _CPU_CHOICE = _fastest("tiled", "cpu")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tileloss import reference, tiled
 from tileloss.functional.contrastive import Call
-from tileloss.functional.contrastive_op import guide_of, needs_operator, passes_of, ready_gradients, spec_of
+from tileloss.functional.contrastive_op import guide_of, needs_operator, passes_of, ready_gradients, spec_of, wanted
 from tileloss.similarity import ready_dtype
 from tileloss.tiled import Needs
 from tileloss.tiled.matryoshka import matryoshka_contrastive_loss
@@ -32,8 +32,7 @@ def block_matryoshka(
     """Loss (0-dim) and statistics (K, 3) by the block algorithms of a backend, as a node of the autograd graph."""
     queries, docs, scale, spec, doc_ids, mask, guide = call
     number, tensor = (0.0, scale) if isinstance(scale, Tensor) else (float(scale), None)
-    recording = torch.is_grad_enabled()
-    needs = [recording and x is not None and x.requires_grad for x in (queries, docs, tensor)]
+    needs = wanted(queries, docs, tensor)
     guide_queries, guide_docs, margin, strategy = guide or (None, None, 0.0, "")
     run = _operator if needs_operator(queries) else _EagerLoss.apply
     loss, stats, *_ = run(

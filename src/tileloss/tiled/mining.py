@@ -33,7 +33,7 @@ _PART = 1 << 20
 # positives of an anchor from which it pays to bisect, or to sort, instead of looping over them: measured
 _BISECT_FROM = 24
 _SORT_FROM = 96
-_WITHOUT_FLOAT64 = ("mps",)
+_WITHOUT_FLOAT64 = ("mps",)  # devices on which sums of hinges have to do with the distances' dtype
 
 
 class Classes(NamedTuple):
