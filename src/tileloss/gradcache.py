@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tileloss.errors import InputError, ShapeError
 from tileloss.minibatches import Features, Range, mini_batch, mini_batch_ranges
+from tileloss.sharded import equally_many, is_sharded, is_sharded_as_a_whole
 
 
 class RandContext:
@@ -138,43 +139,71 @@ class GradCache(nn.Module):
 
         Raises:
             ShapeError: for a column without rows.
-            InputError: where DistributedDataParallel wraps the loss and not its model, and there are other processes.
+            InputError: where DistributedDataParallel wraps the loss and not its model, and there are other processes;
+                where `fully_shard` was given the loss and not its model; where another process with its part of a
+                sharded model raised one of these, or has another number of columns.
         """
         columns = list(sentence_features)
         recording = torch.is_grad_enabled()
         if recording:
             self._refuse_to_be_distributed()
         # all ranges before the first forward: a model that writes to its features must not move them in the second
-        ranges = [mini_batch_ranges(x, self.mini_batch_size, self.mini_batch_num_tokens) for x in columns]
-        if not all(ranges):
-            raise ShapeError("The batch is empty: every column needs at least one row.")
+        ranges, counts = self._mini_batches(columns)
         reps: list[list[Tensor]] = []
         between: list[tuple[tuple[Any, ...], ...]] = []
         random_states: list[tuple[RandContext | None, ...]] = []
-        for features, column_ranges in zip(columns, ranges, strict=True):
+        for features, column_ranges, count in zip(columns, ranges, counts, strict=True):
             embedded = self.embed_minibatch_iter(
                 sentence_feature=features, with_grad=False, copy_random_state=recording, ranges=column_ranges
             )
             kept = ((_kept(part, recording), *others) for part, *others in embedded)
             parts, *others, states = zip(*kept, strict=True)
-            reps.append(list(parts))
-            between.append(tuple(others))
+            reps.append(list(parts[:count]))
+            between.append(tuple(other[:count] for other in others))
             random_states.append(states)
         beside = self._beside(between, labels)
         if not recording:
             return self.calculate_loss(reps, beside)
         with _set_aside(self._own_tensors()) as gradients_of_own:
             loss, gradients = self.calculate_loss_and_cache_gradients(reps, beside)
+        gradients = [
+            [*found, *(torch.zeros_like(found[-1]) for _ in column_ranges[len(found) :])]
+            for found, column_ranges in zip(gradients, ranges, strict=True)
+        ]
         autocast = _autocast_here(reps[0][0].device)
         replay = _Replay(self, columns, ranges, random_states, gradients, list(gradients_of_own()), autocast)
         loss.register_hook(replay)
         return loss
 
+    def _mini_batches(self, columns: Sequence[Features]) -> tuple[list[list[Range]], list[int]]:
+        """The ranges of each column that the model is run on, and how many of them its embeddings are from.
+
+        They are all, but where the model is sharded and other processes have more to run it on.
+        """
+
+        def cut() -> list[list[Range]]:
+            ranges = [mini_batch_ranges(x, self.mini_batch_size, self.mini_batch_num_tokens) for x in columns]
+            if not all(ranges):
+                raise ShapeError("The batch is empty: every column needs at least one row.")
+            return ranges
+
+        if is_sharded(self.model):
+            return equally_many(cut)
+        ranges = cut()
+        return ranges, [len(column_ranges) for column_ranges in ranges]
+
     def _refuse_to_be_distributed(self) -> None:
         """A forward that was called by DistributedDataParallel, not one that calls it, would give wrong gradients.
 
-        That sends gradients off after the first backward of the model, and of all others would know nothing.
+        That sends gradients off after the first backward of the model, and of all others would know nothing. And what
+        `fully_shard` made of a loss holds the parameters together for the length of its forward, not of its backward.
         """
+        if is_sharded_as_a_whole(self) and not is_sharded_as_a_whole(self.model):
+            raise InputError(
+                f"{type(self).__name__} was sharded by fully_shard, and its model, which is not, has no whole "
+                "parameters when the backward runs it again. Give fully_shard the model and not the loss, or take the "
+                "loss without the gradient cache."
+            )
         ddp = DistributedDataParallel._get_active_ddp_module()
         if ddp is not None and torch.distributed.get_world_size(ddp.process_group) > 1:
             raise InputError(

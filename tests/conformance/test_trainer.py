@@ -36,14 +36,14 @@ def trainer(texts: Callable[..., list[str]], tmp_path: Path) -> Callable[..., An
 
 
 class Wrapped(nn.Module):
-    """As DistributedDataParallel and torch.compile wrap a model: callable, and without its other methods."""
+    """As DistributedDataParallel wraps a model on a GPU: without its other methods, and with a copy of its input."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module(*args, **kwargs)
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> Any:
+        return self.module(dict(features), **kwargs)
 
 
 def test_the_model_is_a_registered_child_and_trained(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,17 +11,27 @@ import torch
 import torch.distributed as dist
 from batches import CROSS, Batch, case, compare_outcomes, gradient, mean, small_pieces
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import tileloss
 from tileloss.errors import InputError
 from tileloss.losses import (
+    BatchAllTripletLoss,
     CachedGISTEmbedLoss,
     CachedMultipleNegativesRankingLoss,
     CachedMultipleNegativesSymmetricRankingLoss,
+    CoSENTLoss,
+    CosineSimilarityLoss,
     MatryoshkaLoss,
+    MegaBatchMarginLoss,
+    MSELoss,
     MultipleNegativesRankingLoss,
     MultipleNegativesSymmetricRankingLoss,
+    SoftmaxLoss,
+    TripletLoss,
 )
 from tileloss.losses.guided import GuidedLoss
 from tileloss.spec import DIRECTIONS
@@ -199,9 +210,9 @@ class Encoder(nn.Module):
         return 5
 
 
-def train_once(loss: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
+def train_once(loss: nn.Module, inputs: list[Tensor], labels: Tensor | None = None) -> list[Tensor]:
     torch.manual_seed(dist.get_rank())
-    value = loss([{"inputs": x} for x in inputs], None)
+    value = loss([{"inputs": x} for x in inputs], labels)
     value.backward()
     return [value.detach(), *map(gradient, loss.parameters())]
 
@@ -225,6 +236,64 @@ def parameters_under_ddp_learn_what_they_would_in_one_process() -> None:
                 found = train_once(loss, batch.part)
             found[0] = mean(found[0])
             compare_outcomes(found, whole)
+
+
+@case
+def a_sharded_model_learns_what_it_would_in_one_process() -> None:
+    """With `fully_shard`, which averages gradients as DistributedDataParallel does, and waits for all in every pass.
+
+    The parts are of different numbers of mini-batches.
+    """
+    batch = Batch.random(2, False, width=6)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for kind, options in (
+        (MultipleNegativesRankingLoss, {}),
+        (CachedMultipleNegativesRankingLoss, {"mini_batch_size": 4}),
+    ):
+        whole = train_once(kind(Encoder(0.0), **options), batch.columns)
+        loss = kind(fully_shard(Encoder(0.0), mesh=mesh), gather_across_devices=True, **options)
+        value, *gradients = train_once(loss, batch.part)
+        compare_outcomes([mean(value), *(x.full_tensor() for x in gradients if isinstance(x, DTensor))], whole)
+
+
+@case
+def losses_of_every_kind_train_a_sharded_model_as_one_under_ddp() -> None:
+    batch = Batch.random(3, width=6)
+    scores, classes = torch.rand(7, dtype=torch.float64), torch.arange(7) % 3
+    kinds: list[tuple[Callable[[nn.Module], nn.Module], int, Tensor | None]] = [
+        (lambda model: MatryoshkaLoss(model, MultipleNegativesRankingLoss(model), [5, 3]), 2, None),
+        (lambda model: MatryoshkaLoss(model, CachedMultipleNegativesRankingLoss(model), [5, 3]), 2, None),
+        (lambda model: MegaBatchMarginLoss(model, mini_batch_size=3), 2, None),
+        (TripletLoss, 3, None),
+        (BatchAllTripletLoss, 1, classes),
+        (CoSENTLoss, 2, scores),
+        (CosineSimilarityLoss, 2, scores),
+        (lambda model: SoftmaxLoss(model, 5, 3).double(), 2, classes),
+        (MSELoss, 1, torch.ones(7, 5, dtype=torch.float64)),
+    ]
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for make, columns, labels in kinds:
+        found = []
+        for wrap in (DistributedDataParallel, lambda model: fully_shard(model, mesh=mesh)):
+            torch.manual_seed(0)
+            model = Encoder(0.0)
+            loss = make(model)
+            wrapped = wrap(model)
+            for part in list(loss.modules()):  # as trainers do
+                for name, child in part.named_children():
+                    if child is model:
+                        setattr(part, name, wrapped)
+            gradients = train_once(loss, batch.part[:columns], labels)
+            found.append([x.full_tensor() if isinstance(x, DTensor) else x for x in gradients])
+        compare_outcomes(*found)
+
+
+@case
+def a_cached_loss_that_is_itself_sharded_is_refused() -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    loss = fully_shard(CachedMultipleNegativesRankingLoss(Encoder(0.0)), mesh=mesh)
+    with pytest.raises(InputError, match="Give fully_shard the model and not the loss"):
+        loss([{"inputs": x} for x in Batch.random(2, width=6).part], None)
 
 
 @case

@@ -1,13 +1,15 @@
 """A group on NCCL, of the one process that there is: its collectives, and a batch's part on the GPU."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
-from tileloss import reference, tiled
+from tileloss import losses, reference, tiled
 from tileloss.agreement import agree
 from tileloss.collectives import GroupPart
 from tileloss.spec import DIRECTIONS, ContrastiveSpec
@@ -47,3 +49,20 @@ def test_a_gathered_part_is_computed_as_the_definition_says(directions: tuple[st
     for gradient, expected in zip(found[2:4], torch.autograd.grad(loss, leaves), strict=True):
         assert gradient is not None
         assert (gradient.double() - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_a_loss_of_several_layers_trains_a_model_that_gets_copies_of_its_features(
+    group: None, tiny_encoder: Callable[[], Any], texts: Callable[..., list[str]]
+) -> None:
+    found = []
+    for wrap in (lambda model: model, lambda model: DistributedDataParallel(model, [0], find_unused_parameters=True)):
+        model = tiny_encoder().to("cuda").eval()
+        inner = losses.MultipleNegativesRankingLoss(model)
+        loss = losses.AdaptiveLayerLoss(model, inner, n_layers_per_step=-1)
+        loss.model = inner.model = wrap(model)
+        columns = [dict(model.preprocess(texts(8, seed))) for seed in range(2)]
+        value = loss([{key: x.cuda() if torch.is_tensor(x) else x for key, x in c.items()} for c in columns], None)
+        value.backward()
+        found.append([value.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)

@@ -104,7 +104,7 @@ def test_the_libraries_mix(inner: Any, middle: Any, outer: Any, batch: Callable[
 
 
 def test_a_compiled_or_distributed_model_is_unwrapped(batch: Callable[..., tuple[Any, list[Any]]]) -> None:
-    """As a trainer puts it there, after the loss was made."""
+    """As a trainer puts it there, after the loss was made; on a GPU it hands the model a copy of the features."""
 
     class Distributed(nn.Module):
         def __init__(self, module: nn.Module) -> None:
@@ -112,7 +112,7 @@ def test_a_compiled_or_distributed_model_is_unwrapped(batch: Callable[..., tuple
             self.module = module
 
         def forward(self, features: dict[str, Any]) -> dict[str, Any]:
-            return self.module(features)
+            return self.module(dict(features))
 
     model, features = batch()
     expected = step(AdaptiveLayerLoss(model, losses.MultipleNegativesRankingLoss(model)), features)

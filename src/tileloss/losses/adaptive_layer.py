@@ -107,8 +107,12 @@ class AdaptiveLayerLoss(nn.Module):
         columns = list(sentence_features)
         model = _unwrapped(self.model)
         layers, outputs = _Layers(model[0]), _Outputs(model.forward)
-        # the hidden states of a column are found in its features again, and so it must not share a forward pass
-        with replaced(model[0], "forward", layers), replaced(model, "forward", outputs), separate_columns():
+        with (
+            separate_columns(),  # the hidden states of a column are found in its features again
+            replaced(model[0], "forward", layers),
+            replaced(model, "forward", outputs),
+            replaced(self.model, "forward", _WrittenBack(self.model.forward, layers)),
+        ):
             total = as_number(self.loss(columns, labels), self.loss, self) * self.last_layer_weight
             last = self._softened(outputs.take()) if self.kl_temperature > 0 else None
             chosen = self._chosen(layers.count - 1)
@@ -164,6 +168,7 @@ class _Layers:
         self.forward, self.config = transformer.forward, transformer.auto_model.config
         self.chosen: int | None = None
         self.count = 0
+        self.written: Features = {}
 
     def __call__(self, features: Features, *args: Any, **kwargs: Any) -> Features:
         if self.chosen is not None:
@@ -175,6 +180,28 @@ class _Layers:
         finally:
             self.config.output_hidden_states = before
         self.count = len(output["all_layer_embeddings"])
+        self.written = output
+        return output
+
+    def take(self) -> Features:
+        """What the transformer wrote since the last time: nothing, where it did not run."""
+        taken, self.written = self.written, {}
+        return taken
+
+
+class _WrittenBack:
+    """A forward after which the features hold what the transformer wrote, also where it was given a copy of them.
+
+    DistributedDataParallel makes one where it is told a GPU to move them to, FullyShardedDataParallel always.
+    """
+
+    def __init__(self, forward: Callable[..., Features], layers: _Layers) -> None:
+        self.forward, self.layers = forward, layers
+
+    def __call__(self, features: Features, *args: Any, **kwargs: Any) -> Features:
+        output = self.forward(features, *args, **kwargs)
+        # not the output: there accelerate has float32 copies of 16-bit hidden states, which would live on
+        features.update(self.layers.take())
         return output
 
 
