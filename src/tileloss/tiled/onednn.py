@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# columns at a time: the result of a step must still be in the cache when it is copied or added to where it belongs
-_COLUMNS = 1024
+# numbers at a time, 2 MiB: what a step made must still be in the cache when it is copied or added to where it belongs
+_STEP = 1 << 19
+_NARROWEST = 256  # columns of a step, however many rows there are: a GEMM of fewer is slow
 _SMALLEST = 64  # of rows, columns and depth: below, a GEMM costs less than the way to oneDNN
 _ZEN_5 = 26  # its family, in AMD's count
 _SCHEMA = "(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm) -> Tensor Y"
@@ -59,8 +60,8 @@ def multiply(
     b: Tensor,  # (M, K) contiguous
     out: Tensor,  # (N, M)
 ) -> Tensor:
-    """`out = a @ b.T`; memory beside it: one step's N x 1024."""
-    for columns in _steps(len(b)):
+    """`out = a @ b.T`; memory beside it: one step of the result."""
+    for columns in _steps(len(b), len(a)):
         out[:, columns].copy_(_linear(a, b[columns]))
     return out
 
@@ -70,10 +71,10 @@ def accumulate(
     a: Tensor,  # (N, K)
     b: Tensor,  # (K, M) contiguous
 ) -> Tensor:
-    """`total += a @ b`; memory beside it: one step's N x 1024 of `a`, where its rows are not dense, and N x M."""
+    """`total += a @ b`; memory beside it: N x M, and one step of `a` where its rows are not dense."""
     if a.is_contiguous():
         return total.add_(_linear(a, b.t()))
-    for inner in _steps(len(b)):
+    for inner in _steps(len(b), len(a)):
         total.add_(_linear(a[:, inner].contiguous(), b[inner].t()))
     return total
 
@@ -83,8 +84,8 @@ def accumulate_by_columns(
     a: Tensor,  # (N, K)
     b: Tensor,  # (M, K) contiguous
 ) -> Tensor:
-    """`total += a @ b.T`; memory beside it: one step's N x 1024."""
-    for columns in _steps(len(b)):
+    """`total += a @ b.T`; memory beside it: one step of the result."""
+    for columns in _steps(len(b), len(a)):
         total[:, columns].add_(_linear(a, b[columns]))
     return total
 
@@ -94,9 +95,9 @@ def accumulate_transposed(
     a: Tensor,  # (K, N)
     b: Tensor,  # (K, M)
 ) -> Tensor:
-    """`total += a.T @ b`; memory beside it: one step's 1024 x K of `a`, or two, and 1024 x M; a strided `b` again."""
+    """`total += a.T @ b`; memory beside it: two steps of `a`, and as many rows of the result; a strided `b` again."""
     weight = b.contiguous().t()
-    for rows in _steps(len(total)):
+    for rows in _steps(len(total), len(a)):
         step = a[:, rows].contiguous()  # only what is dense is transposed fast
         total[rows].add_(_linear(step.t().contiguous(), weight))
     return total
@@ -106,5 +107,7 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
-def _steps(size: int) -> list[slice]:
-    return [slice(start, min(start + _COLUMNS, size)) for start in range(0, size, _COLUMNS)]
+def _steps(size: int, across: int) -> list[slice]:
+    """Parts of `size` columns of `across` numbers each."""
+    step = max(_STEP // across, _NARROWEST)
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
