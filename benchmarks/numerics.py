@@ -6,18 +6,22 @@ the length of the difference relative to the length of the truth, over all embed
 batches are measured, because the error of a single number is a matter of luck. The cosine of a query and its document,
 or of two texts of one class, is about 0.2, so that no loss is that of chance and few are nearly zero.
 
+Beside that, what a product of float32 matrices is off by: in PyTorch, and by what multiplies the blocks here, which
+may be another library (`tileloss.tiled.onednn`).
+
 A loss that mines may find two negatives, within rounding, in the other order and take another triplet than in float64:
 a step in the gradients, and a rare one. How rare is counted over many batches of semi-hard triplets. Run as
 
-    python -P benchmarks/numerics.py
+    python -P benchmarks/numerics.py --out benchmarks/results/numerics.json
 
-It takes about five minutes on two cores and writes benchmarks/results/numerics.json. It needs no quiet machine: two
-runs on one machine give the same figures.
+It takes two to five minutes on two cores. It needs no quiet machine: two runs on one machine give the same figures.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import itertools
 import json
 import math
 import shlex
@@ -28,12 +32,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from tileloss.bench.contestants import CONTESTANTS, SENTENCE_TRANSFORMERS, TILELOSS
 from tileloss.bench.report import origin
 from tileloss.bench.workloads import DTYPES, WORKLOADS, Workload
+from tileloss.tiled.matmul import multiply
 
-RESULTS = Path(__file__).resolve().parent / "results" / "numerics.json"
 MEASURED = ("float32", "bfloat16")
 WIDTH = 384
 SEEDS = range(5)
@@ -126,7 +131,7 @@ def case(workload: Workload, dtype: str) -> dict[str, Any]:
 def other_triplets() -> dict[str, Any]:
     """In how many batches the gradients of semi-hard triplets are off by more than rounding."""
     rounded = Rounded(**vars(WORKLOADS["semi_hard"]), dtype=torch.float32)
-    found = [errors(rounded, BATCH, seed) for seed in MANY]
+    found = [errors(rounded, BATCH, seed) for seed in tqdm(MANY, unit="batch")]
     counts = {
         name: sum(batch[name]["gradients"] > ROUNDING for batch in found) for name in (TILELOSS, SENTENCE_TRANSFORMERS)
     }
@@ -140,14 +145,31 @@ def other_triplets() -> dict[str, Any]:
     }
 
 
+def products() -> dict[str, float]:
+    """By how much a product of (512, 384) and (384, 512) in float32 is off, by PyTorch and in the blocks."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(BATCH, WIDTH, generator=generator) for _ in range(2))
+    truth = a.double() @ b.double().t()
+    found = {"torch.mm": torch.mm(a, b.t()), TILELOSS: multiply(a, b.t(), out=torch.empty(BATCH, BATCH))}
+    return {name: ((x - truth).norm() / truth.norm()).item() for name, x in found.items()}
+
+
 def main() -> None:
-    """Measure every workload in every dtype, and write the file."""
-    content = {
+    """Measure every workload in every dtype."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="file for the figures")
+    options = parser.parse_args()
+    pairs = list(itertools.product(MEASURED, WORKLOADS.values()))
+    figures = {
         **origin(shlex.join(["python", "-P", *sys.argv])),
-        "cases": [case(workload, dtype) for dtype in MEASURED for workload in WORKLOADS.values()],
+        "cases": [case(workload, dtype) for dtype, workload in tqdm(pairs, unit="case")],
+        "products": products(),
         "other_triplets": other_triplets(),
     }
-    RESULTS.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(figures, indent=1)
+    print(text)
+    if options.out is not None:
+        options.out.write_text(text + "\n")
 
 
 if __name__ == "__main__":

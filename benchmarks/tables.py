@@ -15,7 +15,7 @@ import json
 import statistics
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -218,6 +218,11 @@ def memory_table(results: dict[str, Any], titles: dict[str, str]) -> Iterator[st
     yield origin(results)
 
 
+def spread(ratios: Sequence[float]) -> str:
+    """The least and the greatest, or the one number that both are."""
+    return " to ".join(dict.fromkeys(f"{ratio:.1f}" for ratio in (min(ratios), max(ratios))))
+
+
 def errors_tables(results: dict[str, Any], workloads: dict[str, Any]) -> Iterator[str]:
     """For each dtype a line for each workload: how far loss and gradients are from float64, in the median batch."""
     for dtype in dict.fromkeys(case["dtype"] for case in results["cases"]):
@@ -225,7 +230,7 @@ def errors_tables(results: dict[str, Any], workloads: dict[str, Any]) -> Iterato
         yield ""
         yield "| loss | work | loss, theirs | loss, ours | gradients, theirs | gradients, ours |"
         yield "|---|---|---|---|---|---|"
-        worse = []
+        worse: dict[str, list[float]] = {}
         for case in (case for case in results["cases"] if case["dtype"] == dtype):
             workload = workloads[case["workload"]]
             name = "MatryoshkaLoss" if workload.prefixes else workload.loss
@@ -236,14 +241,22 @@ def errors_tables(results: dict[str, Any], workloads: dict[str, Any]) -> Iterato
                 )
                 cells += [f"{theirs:.1e}", f"{ours:.1e}"]
                 if ours > max(1.5 * theirs, ROUNDING):
-                    worse.append(f"the {what} of {name} ({ours / theirs:.1f} times)")
+                    worse.setdefault(f"the {what} of {name}", []).append(ours / theirs)
             yield f"| {' | '.join(cells)} |"
         yield ""
+        named = [f"{name} ({spread(ratios)} times)" for name, ratios in worse.items()]
         yield paragraph(
             "Farther off than theirs by more than half, where that is more than the rounding of one float32 number: "
-            f"{', '.join(worse) or 'nothing'}."
+            f"{', '.join(named) or 'nothing'}."
         )
         yield ""
+    products = results["products"]
+    yield paragraph(
+        f"One product of float32 matrices of width {results['other_triplets']['width']} is off by "
+        f"{products['torch.mm']:.1e} here by `torch.mm`, and by {products[OURS]:.1e} by what multiplies the blocks, "
+        "which [design.md](design.md#products-on-a-cpu) tells of."
+    )
+    yield ""
     many = results["other_triplets"]
     yield paragraph(
         f"Of {many['batches']} batches of {many['batch']} rows in {many['dtype']}, semi-hard mining found another "
