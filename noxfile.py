@@ -1,8 +1,8 @@
 """The ends of the ranges of versions in pyproject.toml, each in an environment of its own: `make matrix`.
 
 `make test` runs under what constraints.txt names. Here `oldest` takes the lowest version of everything that
-pyproject.toml names, `newest_python` the newest Python, and `newest_triton` the newest Triton, which few builds of
-torch bring.
+pyproject.toml names, `newest` the newest, as who installs it today gets them, `newest_python` the newest Python, and
+`newest_triton` the newest Triton, which few builds of torch bring.
 `build/nox/oldest/bin/pytest tests/losses` runs less.
 """
 
@@ -22,6 +22,14 @@ def oldest(session: nox.Session) -> None:
     session.install("--resolution", "lowest-direct", "--editable", ".[dev]")
     session.run("pytest", *(f"tests/{name}" for name in OF_THE_LIBRARY.split()))
     check_kernels(session, may_spill=48)  # the configurations were chosen under newer compilers
+
+
+@nox.session
+def newest(session: nox.Session) -> None:
+    """The functions, the losses and the kernels under the newest versions that there are of everything."""
+    session.install("--upgrade", "--editable", ".[dev]")
+    session.run("pytest", *(f"tests/{name}" for name in OF_THE_LIBRARY.split()))
+    check_kernels(session)
 
 
 @nox.session(python=NEWEST_PYTHON)

@@ -33,6 +33,7 @@ def main(rank: int, processes: int, folder: Path) -> None:
             failures[name] = traceback.format_exc()
     (folder / f"{rank}.json").write_text(json.dumps(failures))
     dist.barrier()
+    dist.destroy_process_group()  # whose threads would otherwise now and then abort the process at its end
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def triplet_loss(
         t = torch.maximum(t, t.new_zeros(()))  # with half a slope where both are equal
         active = t.count_nonzero()
     else:
-        t = t.clamp_min(0.0)  # with a slope of one there
+        t = t.masked_fill(t < 0.0, 0.0)  # with a slope of one at zero, where that of `clamp` is torch's to choose
         active = (t > ACTIVE).sum() if mining == "all" else t.count_nonzero()
     if mining == "hard":
         loss = t.mean()
