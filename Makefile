@@ -27,7 +27,7 @@ demo: venv ## train an embedding model on code search, with plots and figures in
 test: venv ## run the tests (those that need a GPU are left out where there is none)
 	@OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses 2 --dist worksteal
 
-matrix: venv ## test under the oldest of all that is needed, the newest Python and the newest Triton (14 GB)
+matrix: venv ## test under the oldest and the newest of all that is needed, the newest Python and Triton (20 GB)
 	@.venv/bin/nox
 
 fuzz: venv ## look for inputs with a wrong answer: $FUZZ_EXAMPLES draws for each property, else 1,000

@@ -46,7 +46,7 @@ def test_every_loss_has_an_example() -> None:
     assert all(named.values())
 
 
-@pytest.mark.parametrize("example", examples())
+@pytest.mark.parametrize("example", list(examples()))
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_examples_run_as_written(
     example: str, beginning: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
