@@ -95,11 +95,11 @@ def accumulate_transposed(
     a: Tensor,  # (K, N)
     b: Tensor,  # (K, M)
 ) -> Tensor:
-    """`total += a.T @ b`; memory beside it: two steps of `a`, and as many rows of the result; a strided `b` again."""
+    """`total += a.T @ b`; memory beside it: two steps, of `a` or of it and the result; a strided `b` again."""
     weight = b.contiguous().t()
-    for rows in _steps(len(total), len(a)):
-        step = a[:, rows].contiguous()  # only what is dense is transposed fast
-        total[rows].add_(_linear(step.t().contiguous(), weight))
+    for rows in _steps(len(total), max(len(a), b.shape[1])):
+        # only what is dense is transposed fast, and what has no name is freed at once
+        total[rows].add_(_linear(a[:, rows].contiguous().t().contiguous(), weight))
     return total
 
 
