@@ -35,7 +35,8 @@ def _kinds() -> tuple[type[Any], ...]:
 def equally_many(cut: Callable[[], list[list[T]]]) -> tuple[list[list[T]], list[int]]:
     """What `cut` returns: of each column its mini-batches, the last one again as often as another process has more.
 
-    Beside that, how many of each column are its own. Every process calls this: two numbers a column are gathered.
+    Beside that, how many of each column are its own. Every process calls this: 24 bytes a process are gathered and
+    waited for, once for the batch and once for each column.
 
     Raises:
         Exception: what `cut` raised here.
