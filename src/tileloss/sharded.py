@@ -19,17 +19,13 @@ T = TypeVar("T")
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether the model, or a part of it, has its parameters in pieces."""
-    return any(isinstance(module, _kinds()) for module in model.modules())
+    return any(map(is_sharded_as_a_whole, model.modules()))
 
 
 def is_sharded_as_a_whole(module: nn.Module) -> bool:
     """Whether calling this module is what brings its pieces together."""
-    return isinstance(module, _kinds())
-
-
-def _kinds() -> tuple[type[Any], ...]:
     fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import, and who has sharded a model has imported it
-    return () if fsdp is None else (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
+    return fsdp is not None and isinstance(module, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel))
 
 
 def equally_many(cut: Callable[[], list[list[T]]]) -> tuple[list[list[T]], list[int]]:
