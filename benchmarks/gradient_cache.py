@@ -12,10 +12,7 @@ It takes about two minutes on two cores.
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,7 @@ from torch import Tensor, nn
 
 from tileloss import losses
 from tileloss.bench.measure import cpu_peak, time_in_turns
-from tileloss.bench.report import origin
+from tileloss.bench.report import leave
 
 WORDS, LENGTH, COLUMNS = 2_000, 16, 2
 
@@ -101,12 +98,8 @@ def main() -> None:
         "rows": options.rows,
         "width": options.width,
         "cases": [measure(options.rows, options.width, n, options.rounds) for n in options.mini_batch],
-        **origin(shlex.join(["python", "-P", *sys.argv])),
     }
-    text = json.dumps(figures, indent=2)
-    print(text)
-    if options.out is not None:
-        options.out.write_text(text + "\n")
+    leave(figures, options.out)
 
 
 if __name__ == "__main__":

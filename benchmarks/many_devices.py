@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,7 +26,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from tileloss.bench.report import origin
+from tileloss.bench.report import leave
 from tileloss.losses import MultipleNegativesRankingLoss
 
 SYMMETRIC = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
@@ -133,12 +131,8 @@ def main() -> None:
         "width": options.width,
         "seconds_in_2_processes": in_processes(2, measure_time, options.rows, options.width, options.rounds),
         "peak_bytes_in_4_processes": in_processes(4, measure_memory, options.rows, options.width),
-        **origin(shlex.join(["python", "-P", *sys.argv])),
     }
-    text = json.dumps(figures, indent=2)
-    print(text)
-    if options.out is not None:
-        options.out.write_text(text + "\n")
+    leave(figures, options.out)
 
 
 if __name__ == "__main__":

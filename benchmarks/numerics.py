@@ -22,10 +22,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
 import math
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tileloss.bench.contestants import CONTESTANTS, SENTENCE_TRANSFORMERS, TILELOSS
-from tileloss.bench.report import origin
+from tileloss.bench.report import leave
 from tileloss.bench.workloads import DTYPES, WORKLOADS, Workload
 from tileloss.tiled.matmul import multiply
 
@@ -161,15 +158,11 @@ def main() -> None:
     options = parser.parse_args()
     pairs = list(itertools.product(MEASURED, WORKLOADS.values()))
     figures = {
-        **origin(shlex.join(["python", "-P", *sys.argv])),
         "cases": [case(workload, dtype) for dtype, workload in tqdm(pairs, unit="case")],
         "products": products(),
         "other_triplets": other_triplets(),
     }
-    text = json.dumps(figures, indent=1)
-    print(text)
-    if options.out is not None:
-        options.out.write_text(text + "\n")
+    leave(figures, options.out)
 
 
 if __name__ == "__main__":

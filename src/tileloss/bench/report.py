@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import statistics
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -85,6 +87,14 @@ def origin(command: str) -> dict[str, Any]:
         "versions": versions(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
+
+
+def leave(figures: dict[str, Any], out: Path | None) -> None:
+    """Print what a script has measured, with its origin, and write it to a file if there is to be one."""
+    text = json.dumps({**figures, **origin(shlex.join(["python", "-P", *sys.argv]))}, indent=2)
+    print(text)
+    if out is not None:
+        out.write_text(text + "\n")
 
 
 def baseline_of(results: Results) -> str:
