@@ -13,13 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tileloss.similarity import NORM_FLOOR, SimilarityFn, StockSimilarities, up
+from tileloss.similarity import NORM_FLOOR, SimilarityFn, StockSimilarities, dense, up
 
 
 def _numbers(x: Any) -> Tensor:
     """A tensor of at least float32 from a tensor, array or list; a sparse one is made dense."""
-    x = up(x if isinstance(x, Tensor) else torch.as_tensor(x))
-    return x if x.layout == torch.strided else x.to_dense()
+    return dense(up(x if isinstance(x, Tensor) else torch.as_tensor(x)))
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -53,6 +53,11 @@ def up(x: Tensor) -> Tensor:
     return x.float()
 
 
+def dense(x: Tensor) -> Tensor:
+    """The tensor itself, or a dense copy of a sparse one."""
+    return x if x.layout == torch.strided else x.to_dense()
+
+
 def full_precision(x: Tensor) -> AbstractContextManager[Any]:
     """A block in which autocast does not narrow GEMMs on the device of x: inputs count as given, sums as `up` has."""
     kind = device_type(x)

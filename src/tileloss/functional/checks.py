@@ -11,16 +11,35 @@ from tileloss.errors import DeviceError, DtypeError, InputError, ShapeError
 from tileloss.similarity import up_dtype
 
 
+def check_tensor(name: str, x: Any, meaning: str = "") -> None:
+    """Refuse what is no tensor, or a tensor of which each process has a part; `meaning` goes on after "a tensor".
+
+    Raises:
+        InputError: for either.
+    """
+    if not isinstance(x, Tensor):
+        raise InputError(f"{name} must be a tensor{meaning}, got {type(x).__name__}.")
+    if is_distributed_tensor(x):
+        raise InputError(
+            f"{name} must be a plain tensor{meaning}, got a DTensor. Give its full_tensor(), or, where processes have "
+            "parts of the batch, its to_local()."
+        )
+
+
+def is_distributed_tensor(x: Tensor) -> bool:
+    """Whether it is a DTensor, told by what only those have: their class is slow to import."""
+    return hasattr(x, "full_tensor")
+
+
 def check_rows(name: str, x: Any) -> None:
     """Refuse what is no floating-point matrix, under the name that the caller knows it by.
 
     Raises:
-        InputError: for something else than a tensor.
+        InputError: for something else than a tensor, and for a DTensor.
         ShapeError: for a tensor that is no matrix.
         DtypeError: for integers, booleans and complex numbers.
     """
-    if not isinstance(x, Tensor):
-        raise InputError(f"{name} must be a tensor, got {type(x).__name__}.")
+    check_tensor(name, x)
     if x.ndim != 2:
         raise ShapeError(f"{name} must be a matrix of embeddings (rows, dimension), got shape {tuple(x.shape)}.")
     if not x.is_floating_point():
@@ -62,12 +81,11 @@ def check_labels(
         nan: what is wrong with nan as a label, and what to do about it.
 
     Raises:
-        InputError: for something else than a tensor; on a CPU, where looking costs nothing, for nan.
+        InputError: for something else than a plain tensor; on a CPU, where looking costs nothing, for nan.
         ShapeError, DtypeError, DeviceError: for a tensor that does not fit.
     """
     size = len(rows)
-    if not isinstance(labels, Tensor):
-        raise InputError(f"labels must be a tensor with one {meaning} for each row, got {type(labels).__name__}.")
+    check_tensor("labels", labels, f" with one {meaning} for each row")
     if labels.shape not in ((size,), (size, 1)):
         raise ShapeError(
             f"There are {size} {name}, so labels must have shape ({size},) or ({size}, 1), got {tuple(labels.shape)}."

@@ -21,7 +21,7 @@ from tileloss.errors import DeviceError, DtypeError, InputError, ShapeError
 from tileloss.functional.checks import check_queries_and_docs
 from tileloss.functional.contrastive_op import block_loss
 from tileloss.guide import Guide
-from tileloss.similarity import SimilarityFn, full_precision, is_rowwise
+from tileloss.similarity import SimilarityFn, dense, full_precision, is_rowwise
 from tileloss.spec import ContrastiveSpec
 
 
@@ -161,7 +161,7 @@ def check_call(
     check_scale(scale)
     scale = scale.reshape(()) if isinstance(scale, Tensor) else scale  # so that its dtype never decides the result's
     _check_embeddings(queries, docs, spec)
-    queries, docs = (x if x.layout == torch.strided else x.to_dense() for x in (queries, docs))
+    queries, docs = dense(queries), dense(docs)
     if isinstance(exclude, Guide):
         _check_guide(exclude, queries, docs, spec)
         return Call(queries, docs, scale, spec, None, None, exclude)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from tileloss.backend import accepts_backend, choose
@@ -16,7 +15,7 @@ from tileloss.errors import ShapeError
 from tileloss.functional.checks import check_rows
 from tileloss.functional.dispersion_op import gram_dispersion
 from tileloss.reference.dispersion import dispersion as definition
-from tileloss.similarity import SimilarityFn, full_precision, recognise
+from tileloss.similarity import SimilarityFn, dense, full_precision, recognise
 from tileloss.tiled.block_similarity import BLOCK_SIMILARITIES
 
 
@@ -76,7 +75,7 @@ def dispersion(
     """
     known = recognise(similarity)
     check_rows("embeddings", embeddings)
-    embeddings = embeddings if embeddings.layout == torch.strided else embeddings.to_dense()
+    embeddings = dense(embeddings)
     size = len(embeddings)
     chosen = choose(embeddings, size * size, _obstacles(known)).backend
     if chosen != "reference" and embeddings.numel():  # without numbers there are no blocks

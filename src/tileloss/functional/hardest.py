@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from tileloss.backend import accepts_backend, choose
 from tileloss.functional.checks import check_queries_and_docs
 from tileloss.functional.hardest_op import block_hardest
 from tileloss.reference.hardest import hardest_negatives as definition
-from tileloss.similarity import SimilarityFn, full_precision, recognise
+from tileloss.similarity import SimilarityFn, dense, full_precision, recognise
 from tileloss.tiled.block_similarity import BLOCK_SIMILARITIES
 
 # of a similarity, against one whose gradient is multiplied back: without those GEMMs, blocks pay from 128 x 128 on a
@@ -81,7 +80,7 @@ def hardest_negatives(
     """
     known = recognise(similarity)
     check_queries_and_docs(queries, docs)
-    queries, docs = (x if x.layout == torch.strided else x.to_dense() for x in (queries, docs))
+    queries, docs = dense(queries), dense(docs)
     # of mixed inputs the wider one decides, for they are computed in its dtype
     widest = queries if queries.element_size() >= docs.element_size() else docs
     chosen = choose(widest, _WORTH * len(queries) * len(docs), _obstacles(known)).backend

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-import torch
 from torch import Tensor, is_autocast_enabled
 
 from tileloss.arguments import items
@@ -19,7 +18,7 @@ from tileloss.functional.checks import check_rows
 from tileloss.functional.pair_classifier_op import block_pair_logits
 from tileloss.reference.pair_classifier import PairParts
 from tileloss.reference.pair_classifier import pair_logits as definition
-from tileloss.similarity import full_precision
+from tileloss.similarity import dense, full_precision
 
 _OBSTACLES = {"triton": "the classifier over pairs has no kernels: it is GEMMs of PyTorch's on every device"}
 
@@ -100,7 +99,7 @@ def logits_of_pairs(
 ) -> Tensor:  # (B, C)
     """As `pair_logits`, for those who need no names for the features."""
     _check(first, second, weight, bias, parts)
-    first, second = (x if x.layout is torch.strided else x.to_dense() for x in (first, second))
+    first, second = dense(first), dense(second)
     # Triton is refused by name alone: of an automatic choice it means blocks, and those are the fastest there is
     obstacles = _OBSTACLES if requested() == "triton" else None
     chosen = choose(first, _similarities(first), obstacles).backend

@@ -16,10 +16,10 @@ from tileloss import reference
 from tileloss.arguments import finite_number, items
 from tileloss.backend import accepts_backend, choose
 from tileloss.errors import DeviceError, InputError, ShapeError
-from tileloss.functional.checks import check_rows
+from tileloss.functional.checks import check_rows, is_distributed_tensor
 from tileloss.functional.pairs_op import block_pairs
 from tileloss.paired import DISTANCES, PAIRED
-from tileloss.similarity import full_precision
+from tileloss.similarity import dense, full_precision
 
 _SIMILARITIES = tuple(PAIRED.functions)
 # of a number, against one of a similarity in a matrix. On a CPU blocks of cosines always pay, those of angles from 40
@@ -164,7 +164,7 @@ def aligned_rows(a: Tensor, others: Sequence[Tensor]) -> list[Tensor]:
     if _are_alike(a, others):
         return [a, *others]
     _check(a, others)
-    return _aligned([_dense(a), *map(_dense, others)])
+    return _aligned([dense(a), *map(dense, others)])
 
 
 def _are_alike(a: Tensor, others: Sequence[Tensor]) -> bool:
@@ -172,12 +172,15 @@ def _are_alike(a: Tensor, others: Sequence[Tensor]) -> bool:
     if not (isinstance(a, Tensor) and a.ndim == 2 and a.is_floating_point() and len(others) > 0):
         return False
     shape, dtype, device = a.shape, a.dtype, a.device
-    return a.layout == torch.strided and all(
+    if a.layout != torch.strided or is_distributed_tensor(a):
+        return False
+    return all(
         isinstance(b, Tensor)
         and b.shape == shape
         and b.dtype == dtype
         and b.device == device
         and b.layout == torch.strided
+        and not is_distributed_tensor(b)
         for b in others
     )
 
@@ -211,10 +214,6 @@ def _aligned(matrices: list[Tensor]) -> list[Tensor]:
     if any(count not in (1, rows) for count in counts):
         raise ShapeError(f"The matrices have {counts} rows: each must have as many, or one that counts for all.")
     return [x.expand(rows, -1) for x in matrices]
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x if x.layout == torch.strided else x.to_dense()
 
 
 def _backend(a: Tensor, others: list[Tensor], measure: str) -> str:

@@ -7,17 +7,15 @@ Manhattan goes over the width tile by tile. The way back starts from the rows an
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from tileloss import reference
 from tileloss.backend import accepts_backend, choose
 from tileloss.errors import DeviceError, DtypeError, InputError, ShapeError
+from tileloss.functional.checks import check_rows
 from tileloss.functional.pairwise_op import block_matrix
 from tileloss.metrics import METRICS
-from tileloss.similarity import full_precision, up_dtype
+from tileloss.similarity import dense, full_precision, up_dtype
 
 
 @accepts_backend
@@ -94,26 +92,17 @@ def pairwise_similarity(
 def _matrix(a: Tensor, b: Tensor | None, metric: str, argument: str, similarity: bool) -> Tensor:
     if metric not in METRICS:
         raise InputError(f"{argument} must be one of {list(METRICS)}, got {metric!r}.")
-    _check_rows("a", a)
+    check_rows("a", a)
     if b is not None:
-        _check_rows("b", b)
+        check_rows("b", b)
         _check_pair(a, b)
-        b = _dense(b)
-    a = _dense(a)
+        b = dense(b)
+    a = dense(a)
     chosen = _backend(a, a if b is None else b, metric)
     if chosen != "reference":
         return block_matrix(a, b, metric, similarity, chosen)
     with full_precision(a):
         return reference.pairwise_matrix(a, b, metric, similarity)
-
-
-def _check_rows(name: str, x: Any) -> None:
-    if not isinstance(x, Tensor):
-        raise InputError(f"{name} must be a tensor, got {type(x).__name__}.")
-    if x.ndim != 2:
-        raise ShapeError(f"{name} must be a matrix of embeddings (rows, dimension), got shape {tuple(x.shape)}.")
-    if not x.is_floating_point():
-        raise DtypeError(f"{name} must hold floating-point numbers, got {x.dtype}.")
 
 
 def _check_pair(a: Tensor, b: Tensor) -> None:
@@ -123,10 +112,6 @@ def _check_pair(a: Tensor, b: Tensor) -> None:
         raise ShapeError(f"Rows of a have {a.shape[1]} numbers and rows of b {b.shape[1]}; embed both by one model.")
     if up_dtype(a.dtype) != up_dtype(b.dtype):
         raise DtypeError(f"a is {a.dtype} and b {b.dtype}; convert one to the other's dtype.")
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x if x.layout == torch.strided else x.to_dense()
 
 
 def _backend(a: Tensor, b: Tensor, metric: str) -> str:

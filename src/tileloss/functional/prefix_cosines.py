@@ -19,7 +19,7 @@ from tileloss.errors import DeviceError, DtypeError, InputError, ShapeError
 from tileloss.functional.checks import check_rows
 from tileloss.functional.prefix_cosines_op import block_prefix_cosines
 from tileloss.reference.prefix_cosines import prefix_cosines as definition
-from tileloss.similarity import full_precision, up_dtype
+from tileloss.similarity import dense, full_precision, up_dtype
 
 
 @accepts_backend
@@ -68,7 +68,7 @@ def prefix_cosines(
     if up_dtype(a.dtype) != up_dtype(b.dtype):
         raise DtypeError(f"a is {a.dtype} and b {b.dtype}; convert one to the other's dtype.")
     given = check_dims(dims, a.shape[1])
-    a, b = (x if x.layout == torch.strided else x.to_dense() for x in (a, b))
+    a, b = dense(a), dense(b)
     # of mixed inputs the wider one decides, for they are computed in its dtype
     widest = a if a.element_size() >= b.element_size() else b
     chosen = choose(widest).backend  # whatever the size: even of a few rows, one read is faster than K

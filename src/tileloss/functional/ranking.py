@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from tileloss.backend import accepts_backend, choose
-from tileloss.errors import DtypeError, InputError, ShapeError
-from tileloss.functional.checks import check_labels
+from tileloss.errors import DtypeError, ShapeError
+from tileloss.functional.checks import check_labels, check_tensor
 from tileloss.functional.ranking_op import sorted_loss
 from tileloss.reference.ranking import ranking_loss as definition
 
@@ -66,8 +66,7 @@ def ranking_loss(
 
 
 def _check_scores(scores: Any) -> None:
-    if not isinstance(scores, Tensor):
-        raise InputError(f"scores must be a tensor, got {type(scores).__name__}.")
+    check_tensor("scores", scores)
     if scores.ndim != 1:
         raise ShapeError(f"scores must be a vector with a number for each row, got shape {tuple(scores.shape)}.")
     if not scores.is_floating_point():

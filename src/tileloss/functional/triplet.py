@@ -21,7 +21,7 @@ from tileloss.functional.checks import check_labels, check_rows
 from tileloss.functional.triplet_op import block_loss, materialised_loss
 from tileloss.reference.triplet import Mined
 from tileloss.reference.triplet import triplet_loss as definition
-from tileloss.similarity import up
+from tileloss.similarity import dense, up
 from tileloss.tiled.mining import Classes
 
 MINING = ("all", "hard", "semi_hard")
@@ -156,7 +156,7 @@ def mined(embeddings: Tensor, labels: Tensor, mining: str, margin: float | str, 
     known = recognise_distance(distance)
     _check_embeddings(embeddings)
     labels = check_labels(labels, embeddings, "embeddings", "class", _NO_CLASS)
-    embeddings = embeddings if embeddings.layout == torch.strided else embeddings.to_dense()
+    embeddings = dense(embeddings)
     chosen = _backend(embeddings, mining, known)
     if not isinstance(known, str):
         return definition(_distances(known, embeddings), labels, mining, margin, soft)
