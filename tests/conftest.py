@@ -4,12 +4,13 @@ And a real text encoder for the losses to train: tiny, with random weights, with
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import tileloss
@@ -83,6 +84,16 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch, name, poisoning(getattr(torch, name)))
     for name in ("new_empty", "new_empty_strided"):
         monkeypatch.setattr(torch.Tensor, name, poisoning(getattr(torch.Tensor, name)))
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """A group of processes of which this is the only one."""
+    if not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("torch is built without gloo")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def save_bert(folder: Path, words: list[str], seed: int) -> Path:

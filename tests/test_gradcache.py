@@ -457,13 +457,6 @@ def test_embeddings_with_a_graph_get_their_gradients() -> None:
         torch.testing.assert_close(torch.cat([part.grad for part in parts]), 2 * gradient)
 
 
-@pytest.fixture
-def one_process() -> Any:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 class Halves(nn.Module):
     """Queries by one encoder and documents by another, as a router has them."""
 
@@ -481,7 +474,8 @@ class Halves(nn.Module):
     ids=str,
 )
 @pytest.mark.parametrize("frozen", [False, True])
-def test_distributed_models_synchronise_once(options: dict[str, bool], frozen: bool, one_process: Any) -> None:
+@pytest.mark.usefixtures("process_group")
+def test_distributed_models_synchronise_once(options: dict[str, bool], frozen: bool) -> None:
     """After the last mini-batch; if that one is frozen, after one more with a gradient of zero; later if told so.
 
     A static graph is learnt from the very first mini-batch, which is sent as well.

@@ -23,6 +23,7 @@ from tileloss.data import Labelled, find_class_column, find_label_column, find_t
 from tileloss.encoder import Features, embed_texts
 from tileloss.errors import InputError
 from tileloss.evaluation import LabelTask, RetrievalTask, label_metrics, retrieval_metrics, retrieval_ranks
+from tileloss.own_parameters import OwnParameters
 from tileloss.sampling import LabelGroupedSampler
 from tileloss.similarity import SIMILARITIES, cos_sim, recognise
 
@@ -107,8 +108,8 @@ class EmbeddingTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         self.preprocess = _preprocess_of(model) if preprocess is None else preprocess
-        shared = {id(parameter) for parameter in model.parameters()}
-        if not shared & {id(parameter) for parameter in loss.parameters()}:
+        self._own_parameters = OwnParameters(loss, model)
+        if len(self._own_parameters) == sum(1 for _ in loss.parameters()):
             raise InputError(
                 f"{type(loss).__name__} does not hold the model to be trained, so nothing would be learned. "
                 "Construct the loss with the same model: trainer = EmbeddingTrainer(model, args, Loss(model), ...)."
@@ -131,7 +132,6 @@ class EmbeddingTrainer(Trainer):
             train_dataset = train_dataset.select_columns([*columns, *([label_column] if label_column else [])])
         self.loss = loss
         self._loss_model = model
-        self._own_parameters = {n: p for n, p in loss.named_parameters() if id(p) not in shared}
         self._tasks: dict[int, tuple[Dataset, RetrievalTask | LabelTask]] = {}
         self._stats: dict[str, Tensor] = {}
         self._stats_steps = 0
@@ -146,6 +146,7 @@ class EmbeddingTrainer(Trainer):
         # the loss is a mean over the batch: the Trainer has to divide it by the number of accumulated batches
         self.model_accepts_loss_kwargs = False
         self.loss.to(args.device)
+        self._own_parameters.broadcast()
         if self._own_parameters:
             self.add_callback(_ZeroLossGradients(self._own_parameters.values()))
 
@@ -202,10 +203,8 @@ class EmbeddingTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The Trainer's step; over several processes the gradients of the loss's own parameters are averaged."""
         loss = super().training_step(*args, **kwargs)
-        if self.accelerator.num_processes > 1 and self.accelerator.sync_gradients:
-            for parameter in self._own_parameters.values():
-                if parameter.grad is not None:
-                    parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+        if self.accelerator.sync_gradients:
+            self._own_parameters.average_gradients()
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

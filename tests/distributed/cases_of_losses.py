@@ -34,6 +34,7 @@ from tileloss.losses import (
     TripletLoss,
 )
 from tileloss.losses.guided import GuidedLoss
+from tileloss.own_parameters import OwnParameters
 from tileloss.spec import DIRECTIONS
 
 
@@ -316,3 +317,25 @@ def a_cached_loss_draws_the_same_dropout_again() -> None:
         model = DistributedDataParallel(Encoder(0.3))
         found.append(train_once(kind(model, gather_across_devices="ring"), batch.part))
     compare_outcomes(*found)
+
+
+@case
+def what_losses_own_stays_together() -> None:
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    model = nn.Linear(2, 2)
+    heads = nn.ModuleDict({name: nn.Linear(2, 1, bias=False) for name in ("of_all", "of_one", "of_none")})
+    own = OwnParameters(nn.ModuleDict({"model": model, **heads}), model)
+    assert list(own) == [f"{name}.weight" for name in heads]
+    with torch.no_grad():
+        for parameter in own.values():
+            parameter.fill_(rank + 1.0)
+    own.broadcast()
+    assert all(parameter.eq(1.0).all() for parameter in own.values())
+    heads["of_all"].weight.grad = torch.full((1, 2), rank + 1.0)
+    if rank == 1:
+        heads["of_one"].weight.grad = torch.ones(1, 2)
+    own.average_gradients()
+    torch.testing.assert_close(heads["of_all"].weight.grad, torch.full((1, 2), (processes + 1) / 2))
+    torch.testing.assert_close(heads["of_one"].weight.grad, torch.full((1, 2), 1 / processes))
+    assert heads["of_none"].weight.grad is None
+    assert model.weight.grad is None

@@ -1,6 +1,6 @@
 """A DTensor, of which each process holds a part, is refused by every function before any work."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,17 +10,13 @@ from torch import Tensor
 from tileloss import functional as F
 from tileloss.errors import InputError
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no processes to distribute over")
 
-
-@pytest.fixture(scope="module")
-def distribute() -> Iterator[Callable[[Tensor], Tensor]]:
+@pytest.fixture
+def distribute(process_group: None) -> Callable[[Tensor], Tensor]:
     """Makes a DTensor over the one process that there is."""
     tensors = pytest.importorskip("torch.distributed.tensor")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     mesh = dist.init_device_mesh("cpu", (1,))
-    yield lambda x: tensors.distribute_tensor(x, mesh, [tensors.Shard(0)])
-    dist.destroy_process_group()
+    return lambda x: tensors.distribute_tensor(x, mesh, [tensors.Shard(0)])
 
 
 def test_embeddings(

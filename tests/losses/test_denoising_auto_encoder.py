@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from tileloss.encoder import TransformerEncoder
 from tileloss.errors import InputError, KindError, MissingError, ShapeError
@@ -225,6 +227,18 @@ def test_static_embeddings_are_refused(tiny_encoder: Any) -> None:
             ValueError, match="not compatible with a SentenceTransformer model based on a StaticEmbedding"
         ):
             kind(static)
+
+
+@pytest.mark.usefixtures("process_group")
+def test_tied_weights_of_a_sharded_encoder_are_refused(tiny_encoder: Any, tiny_bert: Path, texts: Any) -> None:
+    model = tiny_encoder()
+    tied, untied = DenoisingAutoEncoderLoss(model), DenoisingAutoEncoderLoss(model, str(tiny_bert), False)
+    tied(columns(model, texts), None)
+    for layer in model[0].auto_model.encoder.layer:
+        fully_shard(layer, mesh=dist.init_device_mesh("cpu", (1,)))
+    with pytest.raises(InputError, match="sharded after its weights were tied"):
+        tied(columns(model, texts), None)
+    assert untied(columns(model, texts), None).isfinite()
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -53,7 +53,7 @@ def encoder(small_minilm: Path) -> Callable[[], Any]:
 
 @pytest.fixture
 def data() -> dict[str, Callable[[], Any]]:
-    """Makers of data sets of 48 rows: paraphrases; the same with grades, half of them wrong; texts with classes."""
+    """Makers of data sets of 48 rows: paraphrases, half of them wrong with grades or classes; texts with classes."""
     rows = [(subject, event, place) for place in PLACES for event in EVENTS for subject in SUBJECTS]
     anchors = [f"{subject} {event} {place}" for subject, (event, _), place in rows]
     positives = [f"{subject} {event} {place}" for subject, (_, event), place in rows]
@@ -66,10 +66,15 @@ def data() -> dict[str, Callable[[], Any]]:
         grades = [1 - 0.5 * (i % 2) - i / 1000 for i in range(len(rows))]
         return datasets.Dataset.from_dict({"first": anchors, "second": shifted, "score": grades})
 
+    def rated() -> Any:
+        return datasets.Dataset.from_dict(
+            {"first": anchors, "second": shifted, "label": [i % 2 for i in range(len(rows))]}
+        )
+
     def classes() -> Any:
         return datasets.Dataset.from_dict({"text": anchors, "label": [SUBJECTS.index(s) % 4 for s, *_ in rows]})
 
-    makers = {"pairs": pairs, "graded": graded, "classes": classes}
+    makers = {"pairs": pairs, "graded": graded, "rated": rated, "classes": classes}
     # a set of its own every time: trainers write the name of the set into it
     return makers | {"all": lambda: datasets.DatasetDict({name: make() for name, make in makers.items()})}
 

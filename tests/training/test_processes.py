@@ -52,6 +52,9 @@ def test_losses_are_those_of_the_stock_classes_and_weights_stay_together(
     # the trainer finds the model of a mined loss, which holds it by another name, and so averages its gradients
     for name in ("ours", "mined"):
         assert first[name]["weights"] == second[name]["weights"]
+    # and what losses own, which no trainer wraps in DistributedDataParallel
+    for name in ("owning", "of ours"):
+        assert first[name]["weights"] == second[name]["weights"]
 
 
 def test_accelerate_starts_two_processes_without_a_gpu(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from tileloss.losses import citations
 from tileloss.losses.named_model import NamedModelLoss
 from tileloss.losses.static_embeddings import reads_static_embeddings
 from tileloss.minibatches import Features
+from tileloss.sharded import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class DenoisingAutoEncoderLoss(NamedModelLoss):
 
     Raises:
         InputError (a ValueError): at construction, for a model with static embeddings, or a decoder that is no causal
-            language model.
+            language model; at the call, for tied weights whose encoder was sharded by itself, which unties them.
         MissingError (an AssertionError): at construction, for untied weights without a decoder to load.
         KindError (an AssertionError): at construction, for a decoder of another hidden size or without
             cross-attention, and for tied weights with different tokenizers.
@@ -60,6 +61,7 @@ class DenoisingAutoEncoderLoss(NamedModelLoss):
     """
 
     _holds_model_as = "encoder"
+    _is_tied = False  # so of those that `tileloss.accelerate` rebuilds, whose stock classes do not tell
 
     def __init__(
         self, model: nn.Module, decoder_name_or_path: str | None = None, tie_encoder_decoder: bool = True
@@ -94,6 +96,7 @@ class DenoisingAutoEncoderLoss(NamedModelLoss):
                 f"The encoder's tokenizer has grown from {loaded} tokens to {len(self.tokenizer_encoder)}: the "
                 + ("decoder now has them too." if tie_encoder_decoder else "decoder may need them too.")
             )
+        self._is_tied = tie_encoder_decoder
         if tie_encoder_decoder:
             if len(self.tokenizer_encoder) != len(self.tokenizer_decoder):
                 self.tokenizer_decoder = self.tokenizer_encoder
@@ -114,6 +117,11 @@ class DenoisingAutoEncoderLoss(NamedModelLoss):
         columns = list(sentence_features)
         if len(columns) != 2:
             raise ShapeError(f"DenoisingAutoEncoderLoss expects (damaged text, text), but got {len(columns)} columns.")
+        if self._is_tied and is_sharded(self.encoder):
+            raise InputError(
+                "The encoder was sharded after its weights were tied to the decoder's, and no longer shares any: the "
+                "two would be trained apart. Take tie_encoder_decoder=False, or a model that is not sharded."
+            )
         damaged, original = columns
         ids = (self.retokenize(original) if self.need_retokenization else original)["input_ids"]
         embeddings = self.encoder(damaged)["sentence_embedding"]
