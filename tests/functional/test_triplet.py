@@ -63,6 +63,7 @@ def positives(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     threshold = 10**6 if request.param == "few positives" else 1
     monkeypatch.setattr(mining, "_BISECT_FROM", threshold)
     monkeypatch.setattr(mining, "_SORT_FROM", threshold)
+    monkeypatch.setattr(mining, "_FEW", 1e-9 if request.param == "few positives" else 1e9)
     monkeypatch.setattr(mining, "_PART", 300)
 
 

@@ -71,6 +71,9 @@ def run(
         miner.hard(start, block, left, squares)
     else:
         slopes = (miner.all_triplets if mining == "all" else miner.semi_hard)(start, block, left, squares, gradients)
+    if miner.pairs is not None:
+        weights, partners = (kept[start:] for kept in miner.pairs)
+        slopes = torch.zeros_like(block).scatter_add_(1, partners, weights)
     found = {name: getattr(miner, name)[start:].clone() for name in FOUND[mining]}
     return found if slopes is None else {**found, "slopes": slopes.clone()}
 

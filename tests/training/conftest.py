@@ -74,9 +74,12 @@ def data() -> dict[str, Callable[[], Any]]:
     def classes() -> Any:
         return datasets.Dataset.from_dict({"text": anchors, "label": [SUBJECTS.index(s) % 4 for s, *_ in rows]})
 
-    makers = {"pairs": pairs, "graded": graded, "rated": rated, "classes": classes}
+    makers = {"pairs": pairs, "graded": graded, "classes": classes}
     # a set of its own every time: trainers write the name of the set into it
-    return makers | {"all": lambda: datasets.DatasetDict({name: make() for name, make in makers.items()})}
+    return makers | {
+        "all": lambda: datasets.DatasetDict({name: make() for name, make in makers.items()}),
+        "rated": rated,
+    }
 
 
 @pytest.fixture

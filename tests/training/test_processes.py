@@ -43,7 +43,9 @@ def test_losses_are_those_of_the_stock_classes_and_weights_stay_together(
     small_minilm: Path, data: dict[str, Callable[[], Any]], tmp_path: Path
 ) -> None:
     shutil.copytree(small_minilm, tmp_path / "model")
-    data["all"]().save_to_disk(str(tmp_path / "data"))
+    sets = data["all"]()
+    sets["rated"] = data["rated"]()
+    sets.save_to_disk(str(tmp_path / "data"))
     launch([*TORCHRUN, SCRIPT, tmp_path], tmp_path / "output")
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first["ours"]["processes"] == 2

@@ -103,8 +103,9 @@ def triplet_loss(
 
     Cost:
         Three GEMMs of B x B x D for forward and backward together, and O(B^2 log P) comparisons for classes of P rows;
-        "hard" one GEMM and O(B D). Memory beside inputs and gradients: a copy of the inputs, and blocks of some 40 MB
-        on a CPU and 224 MB on a GPU. Materialised, "all" holds several times B P B numbers.
+        "hard" one GEMM and O(B D); "semi_hard" of few positives one on a CPU, and O(B D P). Memory beside inputs and
+        gradients: a copy of the inputs, and blocks of some 40 MB on a CPU and 224 MB on a GPU. Materialised, "all"
+        holds several times B P B numbers.
 
     Source:
         Hermans, Beyer, Leibe 2017 (arXiv 1703.07737): all and hard, hinge and soft margin; Schroff, Kalenichenko,

@@ -33,6 +33,8 @@ _PART = 1 << 20
 # positives of an anchor from which it pays to bisect, or to sort, instead of looping over them: measured
 _BISECT_FROM = 24
 _SORT_FROM = 96
+# rows of a batch, for each pair of an anchor, from which it pays to carry pairs back one by one: measured
+_FEW = 8
 _WITHOUT_FLOAT64 = ("mps",)  # devices on which sums of hinges have to do with the distances' dtype
 
 
@@ -96,6 +98,8 @@ class Mining(Rows):
     a row to itself is exactly zero.
 
     Attributes:
+        pairs: where the pairs that `semi_hard` finds are few, their slopes (B, 2 P), some of them zero, and the rows
+            (B, 2 P) int64 that the anchors meet in them; it then returns no slopes. Else None.
         total: (B,) sum over an anchor's terms of hinge or softplus. Filled by `all_triplets` and `semi_hard`.
         active: (B,) int64, the terms that count. Triplets for `all_triplets`, pairs of anchor and positive for
             `semi_hard`: those with a hinge above zero (`ACTIVE` for triplets); with `soft` all there are.
@@ -125,6 +129,7 @@ class Mining(Rows):
         self.hardest_positive, self.hardest_negative, self.negative = (torch.empty_like(self.total) for _ in range(3))
         self.positive_index, self.negative_index = (torch.empty_like(self.active) for _ in range(2))
         self.hardest_positive.fill_(-INF)
+        self.pairs: tuple[Tensor, Tensor] | None = None
 
     @property
     def distance(self) -> SquaredEuclideanDistance:
@@ -183,11 +188,26 @@ class Mining(Rows):
             self.active[part.rows] = (part.valid if soft else terms).count_nonzero(dim=1)
             if gradients:
                 weight = t.sigmoid() if soft else (t > 0.0).to(t.dtype).add_(t >= 0.0).mul_(0.5)
-                part.block.zero_()
-                away = self.distance.slopes_(-weight * exists, negative)
-                part.block.scatter_add_(1, part.columns, self.distance.slopes_(weight, part.positives))
-                part.block.scatter_add_(1, index, away)
-        return block if gradients else None
+                weights = torch.cat([weight, -weight * exists], dim=1)
+                slopes = self.distance.slopes_(weights, torch.cat([part.positives, negative], dim=1))
+                self._keep(part, slopes, torch.cat([part.columns, index], dim=1))
+        return block if gradients and self.pairs is None else None
+
+    def _keep(
+        self,
+        part: _Part,
+        slopes: Tensor,  # (R, 2 P)
+        partners: Tensor,  # (R, 2 P) int64
+    ) -> None:
+        """The slopes of an anchor's pairs as pairs, or as a part of the block, whichever is carried back faster."""
+        size, per_row = self.problem.size, partners.shape[1]
+        if not 0 < per_row * _FEW <= size:
+            part.block.zero_().scatter_add_(1, partners, slopes)
+            return
+        if self.pairs is None:
+            self.pairs = slopes.new_empty(size, per_row), partners.new_empty(size, per_row)
+        for kept, found in zip(self.pairs, (slopes, partners), strict=True):
+            kept[part.rows] = found
 
     def hard(
         self,

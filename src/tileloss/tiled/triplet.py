@@ -2,8 +2,8 @@
 
 The rows are prepared once. Of each block of anchors the products with all rows are one GEMM; a pass mines triplets
 from it and turns it into the slopes of the products, which two GEMMs carry back to the rows (an anchor is also
-everyone's positive or negative, so both sides are the same gradient). The hardest triplets have two slopes a row: they
-are collected, and go back through those pairs alone.
+everyone's positive or negative, so both sides are the same gradient). The hardest triplets have two slopes a row, and
+semi-hard ones two for each positive: where that is few, they are collected, and go back through those pairs alone.
 
 The walk is the same on every device. What happens to a block is the business of a `Mining` object, in PyTorch
 (`tiled/mining.py`) or in Triton (`tileloss.kernels.mining`).
@@ -47,13 +47,14 @@ def triplet_loss(
     """The loss, what its statistics are made of, and its gradient, as `tileloss.reference.triplet` defines them.
 
     Memory beside the inputs: the prepared rows, a gradient, and one block of distances with parts of it. Time: three
-    GEMMs of B x B x D; "hard" one, and O(B D). The comparisons take O(B^2 log P) for P positives of an anchor at most.
+    GEMMs of B x B x D; one, and O(B D) for "hard", or O(B D P) for "semi_hard" where an anchor has few positives. The
+    comparisons take O(B^2 log P) for P positives of an anchor at most.
     """
     problem = MiningProblem(len(labels), Classes.from_labels(labels), distance, margin, soft)
     miner = mining_class(problem, embeddings)
     with full_precision(embeddings):
         prepared = miner.distance.prepare(embeddings)
-        walk = _hard if mining == "hard" else _dense
+        walk = _hard if mining == "hard" else _of_terms
         d_rows, terms = walk(miner, prepared, mining, gradients)
         active = miner.active.sum()
         divisor = active if mining == "all" else terms
@@ -65,8 +66,8 @@ def triplet_loss(
     return Mined(loss, active, miner.hardest_positive, miner.hardest_negative, d_rows)
 
 
-def _dense(miner: Mining, prepared: PreparedRows, mining: str, gradients: bool) -> tuple[Tensor | None, Tensor]:
-    """The gradient of the prepared rows for a sum over the terms, and their number; slopes everywhere."""
+def _of_terms(miner: Mining, prepared: PreparedRows, mining: str, gradients: bool) -> tuple[Tensor | None, Tensor]:
+    """The gradient of the prepared rows for a sum over the terms, and their number; slopes everywhere, or at pairs."""
     rows, _, squares = prepared
     d_rows = torch.zeros(rows.shape, dtype=miner.dtype, device=rows.device) if gradients else None
     # of each row's slopes on either side: carried back once, since every block would go through the whole gradient
@@ -81,7 +82,9 @@ def _dense(miner: Mining, prepared: PreparedRows, mining: str, gradients: bool) 
             if sums is not None:
                 sums[here] += slopes.sum(dim=1, dtype=sums.dtype)
                 sums += slopes.sum(dim=0, dtype=sums.dtype)
-    if sums is not None and d_rows is not None:
+    if miner.pairs is not None and d_rows is not None:
+        miner.pull_pairs(*miner.pairs, rows, rows, d_rows, d_rows, norms=sums is not None)
+    elif sums is not None and d_rows is not None:
         miner.distance.pull_norms(sums, rows, d_rows)
     count = miner.problem.classes.count
     terms = (count - 1) * (miner.problem.size - count) if mining == "all" else count - 1
@@ -89,7 +92,7 @@ def _dense(miner: Mining, prepared: PreparedRows, mining: str, gradients: bool) 
 
 
 def _hard(miner: Mining, prepared: PreparedRows, mining: str, gradients: bool) -> tuple[Tensor | None, Tensor]:
-    """As `_dense`, with slopes at two pairs an anchor."""
+    """As `_of_terms`, with slopes at two pairs an anchor."""
     rows, _, squares = prepared
     for start, block in _blocks(miner, rows):
         here = slice(start, start + len(block))
