@@ -1,8 +1,8 @@
-# every target works on a fresh machine with Python 3.11 to 3.13 and make: what it needs, it installs into .venv first.
+# every target works on a fresh machine with Python 3.11 to 3.14 and make: what it needs, it installs into .venv first.
 
 # the first Python of a version we support; `make PYTHON=/path/to/python` overrides it
-PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python; do \
-	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null \
 	&& echo $$python && break; done)
 
 # the package as an installed one looks (tileloss/kernels inside tileloss/), by symbolic links. mypy reads it, because
@@ -74,7 +74,7 @@ lint: venv tree ## ruff and mypy
 venv: .venv/.installed ## make .venv and install the project into it (the other targets do so themselves)
 
 .venv/bin/pip:
-	@[ -n "$(PYTHON)" ] || { echo "tileloss needs Python 3.11, 3.12 or 3.13: make PYTHON=/path/to/one" >&2; exit 1; }
+	@[ -n "$(PYTHON)" ] || { echo "these targets need Python 3.11 to 3.14: make PYTHON=/path/to/one" >&2; exit 1; }
 	@$(PYTHON) -m venv --clear .venv
 
 .venv/.installed: pyproject.toml constraints.txt | .venv/bin/pip

@@ -18,8 +18,9 @@ datasets = pytest.importorskip("datasets")
 
 from tileloss.data import Labelled  # noqa: E402
 from tileloss.encoder import Encoder, StaticEncoder, TransformerEncoder  # noqa: E402
+from tileloss.own_parameters import LOSS_FILE  # noqa: E402
 from tileloss.tokenizer import learn_tokenizer  # noqa: E402
-from tileloss.trainer import LOSS_FILE, EmbeddingTrainer, PairCollator  # noqa: E402
+from tileloss.trainer import EmbeddingTrainer, PairCollator  # noqa: E402
 
 
 # anchors and positives share no word: what is retrieved was learned

@@ -1,27 +1,34 @@
-"""What a loss trains beside its model (a classifier, a projection, a scale, a decoder), over several processes.
+"""What a loss trains beside its model: a classifier, a projection, a scale, a decoder.
 
 Trainers wrap the model in DistributedDataParallel and not the loss, so that nothing averages the gradients of the
-loss's own parameters: every process would train a classifier on its part of the batches, and they would drift apart,
-and of them pull the model to different places. Here they begin alike and have the mean of the gradients, as
-DistributedDataParallel has it for the model.
+loss's own parameters: in several processes every one would train a classifier on its part of the batches, and they
+would drift apart, and of them pull the model to different places. Here they begin alike and have the mean of the
+gradients, as DistributedDataParallel has it for the model. And they are saved, which a model's own methods do not do.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from tileloss.distributed import is_distributed
+from tileloss.errors import InputError
+
+LOSS_FILE = "loss.safetensors"
 
 
 class OwnParameters(dict[str, nn.Parameter]):
     """By name, the parameters of a loss that are not its model's.
 
-    Every process calls the methods, at the same places of the training loop. Alone, they do nothing.
+    Every process calls `broadcast` and `average_gradients`, at the same places of the training loop. In a process by
+    itself they do nothing.
 
     Args:
-        loss: a module that holds the model, or several such modules in one.
+        loss: a module that holds the model, or several by name, which then is the beginning of their parameters'.
         model: the model, which may have been wrapped since the loss was made.
 
     >>> own = OwnParameters(loss, model)  # doctest: +SKIP
@@ -30,9 +37,14 @@ class OwnParameters(dict[str, nn.Parameter]):
     >>> own.average_gradients()  # before gradients are clipped, unscaled or applied  # doctest: +SKIP
     """
 
-    def __init__(self, loss: nn.Module, model: nn.Module) -> None:
-        shared = {id(parameter) for parameter in model.parameters()}
-        super().__init__((name, x) for name, x in loss.named_parameters() if id(x) not in shared)
+    def __init__(self, loss: nn.Module | Mapping[str, nn.Module], model: nn.Module) -> None:
+        super().__init__()
+        known = {id(parameter) for parameter in model.parameters()}
+        for prefix, module in (loss if isinstance(loss, Mapping) else {"": loss}).items():
+            for name, parameter in module.named_parameters(prefix):
+                if id(parameter) not in known:
+                    known.add(id(parameter))
+                    self[name] = parameter
 
     def broadcast(self) -> None:
         """Give all processes the values of the first."""
@@ -56,3 +68,33 @@ class OwnParameters(dict[str, nn.Parameter]):
                 gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 parameter.grad = gradient.div_(dist.get_world_size())  # first, lest the sum of float16 ones overflow
                 dist.all_reduce(parameter.grad)
+
+    def save(self, folder: str | Path) -> None:
+        """Write them to `loss.safetensors` in a folder; nothing, where there are none."""
+        from safetensors.torch import save_file
+
+        if self:
+            save_file({name: x.detach().cpu().contiguous() for name, x in self.items()}, Path(folder) / LOSS_FILE)
+
+    def load(self, folder: str | Path) -> None:
+        """Take the values that `save` wrote.
+
+        Raises:
+            InputError (a ValueError): when the file is not there, or is of other parameters.
+        """
+        from safetensors.torch import load_file
+
+        if not self:
+            return
+        file = Path(folder) / LOSS_FILE
+        if not file.exists():
+            raise InputError(f"{folder} has no {LOSS_FILE}, with what the loss owns: {', '.join(self)}.")
+        weights = load_file(file)
+        wrong = [name for name, x in self.items() if name not in weights or weights[name].shape != x.shape]
+        if wrong:
+            raise InputError(
+                f"{file} is of another loss: it has nothing of the names and shapes of {', '.join(wrong)}."
+            )
+        with torch.no_grad():
+            for name, parameter in self.items():
+                parameter.copy_(weights[name])

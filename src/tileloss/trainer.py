@@ -30,7 +30,6 @@ from tileloss.similarity import SIMILARITIES, cos_sim, recognise
 if TYPE_CHECKING:
     from datasets import Dataset
 
-LOSS_FILE = "loss.safetensors"
 # the similarity that ranks as a `distance_metric` of the mined losses does, by the name of that function
 DISTANCES = {"cosine_distance": "cosine", "euclidean_distance": "euclidean", "eucledian_distance": "euclidean"}
 Preprocess = Callable[[list[str]], Features]
@@ -288,8 +287,6 @@ class EmbeddingTrainer(Trainer):
 
         A model without both `save_pretrained` and `from_pretrained` is written as its state dict.
         """
-        from safetensors.torch import save_file
-
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
@@ -300,24 +297,16 @@ class EmbeddingTrainer(Trainer):
             super()._save(str(folder), state_dict)
             # pickled arguments would be executed by whoever loads them
             (folder / "training_args.bin").unlink(missing_ok=True)
-        if self._own_parameters:
-            weights = {name: p.detach().cpu().contiguous() for name, p in self._own_parameters.items()}
-            save_file(weights, folder / LOSS_FILE)
+        self._own_parameters.save(folder)
         (folder / "training_args.json").write_text(self.args.to_json_string() + "\n")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the model and the loss's own parameters from a checkpoint that `_save` wrote."""
-        from safetensors.torch import load_file
-
         if _is_self_describing(self.model):
             self.model.load_state_dict(self.model.from_pretrained(resume_from_checkpoint).state_dict())
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self._own_parameters:
-            weights = load_file(Path(resume_from_checkpoint) / LOSS_FILE)
-            with torch.no_grad():
-                for name, parameter in self._own_parameters.items():
-                    parameter.copy_(weights[name])
+        self._own_parameters.load(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))

@@ -324,8 +324,9 @@ def what_losses_own_stays_together() -> None:
     rank, processes = dist.get_rank(), dist.get_world_size()
     model = nn.Linear(2, 2)
     heads = nn.ModuleDict({name: nn.Linear(2, 1, bias=False) for name in ("of_all", "of_one", "of_none")})
-    own = OwnParameters(nn.ModuleDict({"model": model, **heads}), model)
-    assert list(own) == [f"{name}.weight" for name in heads]
+    losses = {"first": nn.ModuleDict({"model": model, **heads}), "second": nn.Sequential(model, heads["of_all"])}
+    own = OwnParameters(losses, model)
+    assert list(own) == [f"first.{name}.weight" for name in heads]
     with torch.no_grad():
         for parameter in own.values():
             parameter.fill_(rank + 1.0)

@@ -11,6 +11,9 @@ import torch
 
 import tileloss
 from tileloss import losses
+from tileloss.errors import InputError
+from tileloss.integrations import save_losses
+from tileloss.own_parameters import OwnParameters
 
 st = pytest.importorskip("sentence_transformers")
 stock = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
@@ -131,11 +134,17 @@ def test_an_adapter_alone_is_trained_and_saved(
     assert abs(adapted - plain).max() > 1e-3, "it learns"
 
 
+@pytest.mark.parametrize("name", ["pairs", "rated"])
 def test_a_resumed_run_goes_on_as_the_uninterrupted_one(
-    encoder: Callable[[], Any], make_trainer: Callable[..., Any], logged: Callable[[Any], Any]
+    name: str, encoder: Callable[[], Any], make_trainer: Callable[..., Any], logged: Callable[[Any], Any]
 ) -> None:
+    """Also in a classifier, which is the loss's own, where the trainer is told to save it."""
+
     def run(model: Any, checkpoint: str | None = None) -> Any:
-        trainer = make_trainer(model, cached(losses, model), save_strategy="steps", save_steps=2)
+        loss = cached(losses, model) if name == "pairs" else losses.SoftmaxLoss(model, 384, num_labels=2)
+        trainer = make_trainer(model, loss, name, save_strategy="steps", save_steps=2)
+        if name == "rated":
+            save_losses(trainer)
         trainer.train(resume_from_checkpoint=checkpoint)
         return trainer
 
@@ -148,8 +157,14 @@ def test_a_resumed_run_goes_on_as_the_uninterrupted_one(
     assert [entry["step"] for entry in logged(resumed)] == [1, 2, 3, 4, 4, 4]
     for ours, theirs in zip(logged(resumed)[:-1], logged(whole)[:-1], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-6)
-    for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+    for a, b in zip(resumed.loss.parameters(), whole.loss.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    if name == "rated":
+        with pytest.raises(InputError, match=r"has no loss\.safetensors, with what the loss owns: classifier\.weight"):
+            OwnParameters(whole.loss, whole.model).load(whole.args.output_dir)
+        of_three_classes = OwnParameters(losses.SoftmaxLoss(other, 384, num_labels=3), other)
+        with pytest.raises(InputError, match=r"of another loss.*shapes of classifier\.weight, classifier\.bias"):
+            of_three_classes.load(Path(whole.args.output_dir) / "checkpoint-2")
 
 
 def test_the_card_of_a_saved_model_names_the_loss_of_each_data_set(
