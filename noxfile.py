@@ -1,8 +1,8 @@
 """The ends of the ranges of versions in pyproject.toml, each in an environment of its own: `make matrix`.
 
 `make test` runs under what constraints.txt names. Here `oldest` takes the lowest version of everything that
-pyproject.toml names, `newest` the newest, as who installs it today gets them, `newest_python` the newest Python, and
-`newest_triton` the newest Triton, which few builds of torch bring.
+pyproject.toml names, `newest` the newest, Python among them, `newest_python` the newest Python that all of
+constraints.txt is built for, and `newest_triton` the newest Triton, which few builds of torch bring.
 `build/nox/oldest/bin/pytest tests/losses` runs less.
 """
 
@@ -12,7 +12,7 @@ nox.options.envdir = "build/nox"
 nox.options.default_venv_backend = "uv"
 nox.options.reuse_venv = "yes"
 
-NEWEST_PYTHON, NEWEST_TRITON = "3.13", "3.9.0"
+NEWEST_PYTHON, NEWEST_CONSTRAINED_PYTHON, NEWEST_TRITON = "3.15", "3.14", "3.9.0"
 OF_THE_LIBRARY = "reference functional losses conformance integrations test_encoder.py test_run.py test_trainer.py"
 
 
@@ -24,7 +24,7 @@ def oldest(session: nox.Session) -> None:
     check_kernels(session, may_spill=48)  # the configurations were chosen under newer compilers
 
 
-@nox.session
+@nox.session(python=NEWEST_PYTHON)
 def newest(session: nox.Session) -> None:
     """The functions, the losses and the kernels under the newest versions that there are of everything."""
     session.install("--upgrade", "--editable", ".[dev]")
@@ -32,9 +32,9 @@ def newest(session: nox.Session) -> None:
     check_kernels(session)
 
 
-@nox.session(python=NEWEST_PYTHON)
+@nox.session(python=NEWEST_CONSTRAINED_PYTHON)
 def newest_python(session: nox.Session) -> None:
-    """The functions, the losses and the kernels under the newest Python, with what constraints.txt names."""
+    """The functions, the losses and the kernels under a newer Python, with what constraints.txt names."""
     session.install("--constraint", "constraints.txt", "--editable", ".[dev]")
     session.run("pytest", *(f"tests/{name}" for name in OF_THE_LIBRARY.split()))
     check_kernels(session, may_spill=24)  # by the Triton that this torch asks for
