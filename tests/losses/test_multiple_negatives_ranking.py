@@ -15,8 +15,9 @@ from torch import Tensor, nn
 import tileloss
 from tileloss import similarity as ours
 from tileloss.errors import InputError, ShapeError
-from tileloss.functional import ContrastiveStats, contrastive_loss
-from tileloss.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
+from tileloss.functional import ContrastiveStats, contrastive_loss, contrastive_loss_with_stats
+from tileloss.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss, in_batch_stats
+from tileloss.reference.contrastive import Seen
 from tileloss.spec import DIRECTIONS
 
 oracle = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
@@ -289,6 +290,28 @@ def test_statistics_are_those_of_the_last_call(backend: str) -> None:
     assert loss.stats.positive_similarity.item() == pytest.approx(1.0)
     loss.compute_loss_from_embeddings([query, -query])
     assert loss.stats.positive_similarity.item() == pytest.approx(-1.0)
+
+
+@pytest.mark.parametrize("kept", [0, 100])
+def test_statistics_of_a_small_batch_are_made_when_they_are_asked_for(
+    kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From similarities that are kept without their graph, until the next call, and while they are few."""
+    monkeypatch.setattr(in_batch_stats, "_KEPT", kept)
+    made = []
+    statistics = Seen.statistics
+    monkeypatch.setattr(Seen, "statistics", lambda seen: made.append(seen) or statistics(seen))
+    query, *docs = columns(9, 2, 4)
+    loss = MultipleNegativesRankingLoss(Identity(), directions=SYMMETRIC)
+    loss.compute_loss_from_embeddings([query, *docs]).backward()
+    assert len(made) == (kept < 9 * 18)
+    stats = loss.stats
+    assert len(made) == 1
+    assert loss.stats is stats, "once for each call"
+    assert not any(x.requires_grad for x in (*stats, made[0].similarities))
+    torch.testing.assert_close(stats, contrastive_loss_with_stats(query, torch.cat(docs), directions=SYMMETRIC)[1])
+    loss.stats = None
+    assert loss.stats is None
 
 
 def test_forward_reads_the_models_embeddings(backend: str) -> None:

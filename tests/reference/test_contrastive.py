@@ -128,9 +128,9 @@ def test_loss_and_statistics_are_the_formulas(
             queries, docs = torch.randn(size, 3).double(), torch.randn(count, 3).double()
             ids, mask = exclusions(kind, size, count)
             by_hand = ByHand(queries, docs, spec, ids, mask)
-            loss, stats = reference.contrastive_loss(queries, docs, 2.5, spec, ids, mask)
+            loss, seen = reference.contrastive_loss(queries, docs, 2.5, spec, ids, mask)
             assert loss.item() == pytest.approx(by_hand.loss(2.5), rel=1e-12, abs=1e-13), (mode, size, count)
-            assert stats.tolist() == pytest.approx(by_hand.statistics(), rel=1e-6), (mode, size, count)
+            assert seen.statistics().tolist() == pytest.approx(by_hand.statistics(), rel=1e-6), (mode, size, count)
 
 
 def test_docs_that_fill_no_column_are_strangers_to_every_query() -> None:
@@ -150,9 +150,9 @@ def test_one_pair_in_both_directions_counts_its_positive_twice() -> None:
 
 
 def test_empty_batch_is_nan() -> None:
-    loss, stats = reference.contrastive_loss(torch.randn(0, 4), torch.randn(0, 4), 20.0, ContrastiveSpec())
+    loss, seen = reference.contrastive_loss(torch.randn(0, 4), torch.randn(0, 4), 20.0, ContrastiveSpec())
     assert loss.isnan()
-    assert stats.isnan().all()
+    assert seen.statistics().isnan().all()
 
 
 def test_penalty_carries_no_gradient() -> None:

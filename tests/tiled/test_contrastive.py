@@ -37,8 +37,8 @@ def by_definition(
 ) -> Result:
     q, d = queries.clone().requires_grad_(), docs.clone().requires_grad_()
     s = torch.tensor(scale, dtype=torch.double, requires_grad=True)
-    loss, stats = reference.contrastive_loss(q, d, s, spec, ids, mask)
-    return Result(loss.detach(), stats, *torch.autograd.grad(loss, (q, d, s)))
+    loss, seen = reference.contrastive_loss(q, d, s, spec, ids, mask)
+    return Result(loss.detach(), seen.statistics(), *torch.autograd.grad(loss, (q, d, s)))
 
 
 def assert_same(found: Result, expected: Result, about: object) -> None:

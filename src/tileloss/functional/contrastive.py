@@ -21,6 +21,7 @@ from tileloss.errors import DeviceError, DtypeError, InputError, ShapeError
 from tileloss.functional.checks import check_queries_and_docs
 from tileloss.functional.contrastive_op import block_loss
 from tileloss.guide import Guide
+from tileloss.reference.contrastive import Seen
 from tileloss.similarity import SimilarityFn, dense, full_precision, is_rowwise
 from tileloss.spec import ContrastiveSpec
 
@@ -113,8 +114,7 @@ def contrastive_loss(
     >>> loss = contrastive_loss(queries, docs, directions=("query_to_doc", "doc_to_query"), partition="per_direction")
     >>> loss.backward()
     """
-    call = check_call(queries, docs, scale, similarity, directions, partition, hardness, exclude)
-    return _loss_and_statistics(call, with_statistics=False)[0]
+    return loss_and_seen(queries, docs, scale, similarity, directions, partition, hardness, exclude)[0]
 
 
 @accepts_backend
@@ -131,17 +131,36 @@ def contrastive_loss_with_stats(
     backend: str | None = None,
 ) -> tuple[Tensor, ContrastiveStats]:
     """As `contrastive_loss`, with the statistics of the same pass beside the loss; they cost no further GEMM."""
+    loss, seen = loss_and_seen(queries, docs, scale, similarity, directions, partition, hardness, exclude)
+    return loss, stats_of(seen)
+
+
+def loss_and_seen(
+    queries: Tensor,  # (B, D)
+    docs: Tensor,  # (M, D)
+    scale: float | Tensor = 20.0,
+    similarity: str | SimilarityFn = "cosine",
+    directions: Sequence[str] = ("query_to_doc",),
+    partition: str = "joint",
+    hardness: tuple[str | None, float] | None = None,
+    exclude: Tensor | Guide | None = None,
+) -> tuple[Tensor, Tensor | Seen]:
+    """As `contrastive_loss`, for callers that will ask `stats_of` for the statistics later or never.
+
+    The statistics (3,) of blocks cost nothing and are there; those of a materialised batch are yet to be made.
+    """
     call = check_call(queries, docs, scale, similarity, directions, partition, hardness, exclude)
-    loss, stats = _loss_and_statistics(call)
-    return loss, ContrastiveStats(*stats.unbind())
-
-
-def _loss_and_statistics(call: Call, with_statistics: bool = True) -> tuple[Tensor, Tensor]:
     chosen = choose_backend(call.queries, call.docs, call.spec)
     if chosen != "reference":
-        return block_loss(*call, chosen)  # the statistics of blocks cost nothing
+        return block_loss(*call, chosen)
     with full_precision(call.queries):
-        return reference.contrastive_loss(*call, with_statistics=with_statistics)
+        return reference.contrastive_loss(*call)
+
+
+def stats_of(seen: Tensor | Seen) -> ContrastiveStats:
+    """The statistics, from what `loss_and_seen` gives beside the loss."""
+    statistics = seen.statistics() if isinstance(seen, Seen) else seen
+    return ContrastiveStats(*statistics.unbind())
 
 
 def check_call(

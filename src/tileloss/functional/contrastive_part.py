@@ -29,5 +29,5 @@ def definition_of_part(
     if guide is not None:
         guide = guide._replace(queries=part.gathered(guide.queries), docs=part.gathered(guide.docs))
     queries, docs = part.gathered_with_grad(queries), part.gathered_with_grad(docs)
-    loss, stats = reference.contrastive_loss(queries, docs, scale, spec, doc_ids, mask, guide, part.rows)
-    return loss * (part.count * part.processes / part.size), stats
+    loss, seen = reference.contrastive_loss(queries, docs, scale, spec, doc_ids, mask, guide, part.rows)
+    return loss * (part.count * part.processes / part.size), seen.statistics()

@@ -14,10 +14,11 @@ from torch import Tensor
 from tileloss import reference
 from tileloss.arguments import finite_number
 from tileloss.backend import accepts_backend
-from tileloss.functional.contrastive import ContrastiveStats, check_call, choose_backend
+from tileloss.functional.contrastive import ContrastiveStats, check_call, choose_backend, stats_of
 from tileloss.functional.matryoshka_op import block_matryoshka
 from tileloss.functional.prefix_cosines import check_dims
 from tileloss.guide import Guide
+from tileloss.reference.contrastive import Seen
 from tileloss.similarity import full_precision
 
 # of a similarity, against one of a single width: with five widths of 768 numbers, blocks pay from 48 x 48 on a CPU,
@@ -72,7 +73,7 @@ def matryoshka_contrastive_loss(
     >>> matryoshka_contrastive_loss(queries, docs, dims=[32, 16, 8]).backward()
     >>> half = matryoshka_contrastive_loss(queries, docs, dims={32: 1.0, 16: 0.5})
     """
-    return _matryoshka(queries, docs, dims, scale, directions, partition, hardness, exclude)[0]
+    return matryoshka_and_seen(queries, docs, dims, scale, directions, partition, hardness, exclude)[0]
 
 
 @accepts_backend
@@ -89,19 +90,21 @@ def matryoshka_contrastive_loss_with_stats(
     backend: str | None = None,
 ) -> tuple[Tensor, dict[int, ContrastiveStats]]:
     """As `matryoshka_contrastive_loss`, with the statistics of the same pass at each width beside the loss."""
-    return _matryoshka(queries, docs, dims, scale, directions, partition, hardness, exclude)
+    loss, seen = matryoshka_and_seen(queries, docs, dims, scale, directions, partition, hardness, exclude)
+    return loss, {dim: stats_of(of_width) for dim, of_width in seen.items()}
 
 
-def _matryoshka(
-    queries: Tensor,
-    docs: Tensor,
+def matryoshka_and_seen(
+    queries: Tensor,  # (B, D)
+    docs: Tensor,  # (M, D)
     dims: Sequence[int] | Mapping[int, float],
-    scale: float | Tensor,
-    directions: Sequence[str],
-    partition: str,
-    hardness: tuple[str | None, float] | None,
-    exclude: Tensor | Guide | None,
-) -> tuple[Tensor, dict[int, ContrastiveStats]]:
+    scale: float | Tensor = 20.0,
+    directions: Sequence[str] = ("query_to_doc",),
+    partition: str = "joint",
+    hardness: tuple[str | None, float] | None = None,
+    exclude: Tensor | Guide | None = None,
+) -> tuple[Tensor, dict[int, Tensor | Seen]]:
+    """As `matryoshka_contrastive_loss`, for callers that will ask `stats_of` for the statistics of a width or not."""
     call = check_call(queries, docs, scale, "cosine", directions, partition, hardness, exclude)
     given = check_dims(dims, queries.shape[1])
     weighted: dict[int, float] = {}
@@ -112,10 +115,10 @@ def _matryoshka(
     chosen = choose_backend(call.queries, call.docs, call.spec, _WORTH * len(call.queries) * len(call.docs))
     if chosen == "reference":
         with full_precision(queries):
-            loss, stats = reference.matryoshka_contrastive_loss(*call, widths, weights)
-    else:
-        loss, stats = block_matryoshka(call, widths, weights, chosen)
-    return loss, {dim: ContrastiveStats(*row.unbind()) for dim, row in zip(widths, stats, strict=True)}
+            loss, seen = reference.matryoshka_contrastive_loss(*call, widths, weights)
+            return loss, dict(zip(widths, seen, strict=True))
+    loss, statistics = block_matryoshka(call, widths, weights, chosen)
+    return loss, dict(zip(widths, statistics, strict=True))
 
 
 def _weights(dims: Sequence[int] | Mapping[int, float], count: int) -> list[float]:

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from tileloss.errors import ShapeError
 from tileloss.functional import (
-    ContrastiveStats,
-    contrastive_loss_with_stats,
-    matryoshka_contrastive_loss_with_stats,
     paired_similarity,
     prefix_cosines,
 )
+from tileloss.functional.contrastive import loss_and_seen
+from tileloss.functional.matryoshka import matryoshka_and_seen
+from tileloss.reference.contrastive import Seen
 from tileloss.similarity import SimilarityFn, recognise
 
 Prefixes = Mapping[int, float]  # width -> weight
@@ -51,17 +51,17 @@ def in_batch_loss(
     docs: Tensor,  # (M, D)
     similarity: str | SimilarityFn,
     **objective: Any,
-) -> tuple[Tensor, ContrastiveStats]:
-    """`contrastive_loss_with_stats`, or its weighted sum over prefixes, with the statistics of the smallest."""
+) -> tuple[Tensor, Tensor | Seen]:
+    """`loss_and_seen`, or the weighted sum of the losses over prefixes, with what was seen at the smallest."""
     if prefixes is None:
-        return contrastive_loss_with_stats(queries, docs, similarity=similarity, **objective)
+        return loss_and_seen(queries, docs, similarity=similarity, **objective)
     smallest = min(prefixes)
     if recognise(similarity) in PRODUCTS:
         check_width(max(prefixes), queries)
-        loss, stats = matryoshka_contrastive_loss_with_stats(queries, docs, dims=prefixes, **objective)
-        return loss, stats[smallest]
+        loss, seen = matryoshka_and_seen(queries, docs, prefixes, **objective)
+        return loss, seen[smallest]
     found = {
-        dim: contrastive_loss_with_stats(shrink(queries, dim), shrink(docs, dim), similarity=similarity, **objective)
+        dim: loss_and_seen(shrink(queries, dim), shrink(docs, dim), similarity=similarity, **objective)
         for dim in prefixes
     }
     return _weighted(prefixes, [loss for loss, _ in found.values()]), found[smallest][1]

@@ -8,6 +8,8 @@ backends compute is measured against this file.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +21,24 @@ from tileloss.spec import ContrastiveSpec
 NEG_INF = float("-inf")
 
 
+class Seen(NamedTuple):
+    """What a loss saw on its way, detached, and what its statistics are made of: a small batch feels their making."""
+
+    similarities: Tensor  # (R, M)
+    target: Tensor  # (R,): where the positives are
+    ruled_out: Tensor | None  # (R, M)
+
+    def statistics(self) -> Tensor:  # (3,)
+        """Share of queries whose positive beats every negative, mean positive and mean hardest-negative similarity."""
+        similarities, target, ruled_out = self
+        positive = similarities.gather(1, target[:, None])[:, 0]
+        if len(positive) == 0:
+            return similarities.new_full((3,), float("nan"), dtype=torch.float32)
+        negatives = similarities.clone() if ruled_out is None else similarities.masked_fill(ruled_out, NEG_INF)
+        hardest = negatives.scatter_(1, target[:, None], NEG_INF).amax(dim=1)
+        return torch.stack([positive > hardest, positive, hardest]).mean(dim=1).float()
+
+
 def contrastive_loss(
     queries: Tensor,  # (B, D)
     docs: Tensor,  # (M, D): row i < B is the positive of query i
@@ -28,11 +48,8 @@ def contrastive_loss(
     mask: Tensor | None = None,  # (B, M): true where document j is no negative of query i
     guide: Guide | None = None,
     rows: slice | None = None,
-    with_statistics: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """The loss (0-dim) and its detached statistics (3,): accuracy, positive and hardest-negative similarity, as means.
-
-    Without statistics, none are computed, and there is an empty tensor in their place.
+) -> tuple[Tensor, Seen]:
+    """The loss (0-dim), and what its statistics are made of.
 
     With `rows`, those of some queries, whose candidates are still the texts of all; only with a guide are queries
     compared with those of `rows` alone.
@@ -83,10 +100,8 @@ def contrastive_loss(
         softmaxes = [torch.cat(softmaxes, dim=1)]
     losses = [F.cross_entropy(softmax, target) for softmax in softmaxes]
     loss = losses[0] if len(losses) == 1 else (losses[0] + losses[1]) / 2  # two directions at the most hold positives
-    if not with_statistics:  # a small batch feels them
-        return loss, raw.new_empty(0)
     ruled_out = guided["query_to_doc"] if guided is not None else None if masked is None else taken(masked, rows)
-    return loss, statistics(raw.detach(), target, ruled_out)
+    return loss, Seen(raw.detach(), target, ruled_out)
 
 
 def taken(x: Tensor, rows: slice | None) -> Tensor:
@@ -147,17 +162,3 @@ def hardness(
     }[str(spec.hardness)]
     # not times zero, which of an infinite distance would make nan
     return (spec.hardness_strength * similarities.detach()).masked_fill(~chosen, 0.0)
-
-
-def statistics(
-    similarities: Tensor,  # (R, M), detached
-    target: Tensor,  # (R,): where the positives are
-    masked: Tensor | None,  # (R, M)
-) -> Tensor:  # (3,)
-    """Share of queries whose positive beats every negative, mean positive and mean hardest-negative similarity."""
-    positive = similarities.gather(1, target[:, None])[:, 0]
-    if len(positive) == 0:
-        return similarities.new_full((3,), float("nan"), dtype=torch.float32)
-    negatives = similarities.clone() if masked is None else similarities.masked_fill(masked, NEG_INF)
-    hardest = negatives.scatter_(1, target[:, None], NEG_INF).amax(dim=1)
-    return torch.stack([positive > hardest, positive, hardest]).mean(dim=1).float()

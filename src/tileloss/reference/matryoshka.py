@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tileloss.guide import Guide
-from tileloss.reference.contrastive import contrastive_loss
+from tileloss.reference.contrastive import Seen, contrastive_loss
 from tileloss.spec import ContrastiveSpec
 
 
@@ -26,11 +26,11 @@ def matryoshka_contrastive_loss(
     guide: Guide | None,
     dims: Sequence[int],
     weights: Sequence[float],
-) -> tuple[Tensor, Tensor]:
-    """The weighted sum of the losses (0-dim), and the detached statistics (K, 3) of each width.
+) -> tuple[Tensor, list[Seen]]:
+    """The weighted sum of the losses (0-dim), and what the statistics of each width are made of.
 
     Differentiable any number of times. Time and memory: those of `contrastive_loss`, K times.
     """
     found = [contrastive_loss(queries[:, :d], docs[:, :d], scale, spec, doc_ids, mask, guide) for d in dims]
     loss = sum(weight * loss for weight, (loss, _) in zip(weights, found, strict=True))
-    return torch.as_tensor(loss), torch.stack([stats for _, stats in found])
+    return torch.as_tensor(loss), [seen for _, seen in found]
