@@ -114,7 +114,7 @@ def contrastive_loss(
     >>> loss = contrastive_loss(queries, docs, directions=("query_to_doc", "doc_to_query"), partition="per_direction")
     >>> loss.backward()
     """
-    return loss_and_seen(queries, docs, scale, similarity, directions, partition, hardness, exclude)[0]
+    return loss_and_seen(check_call(queries, docs, scale, similarity, directions, partition, hardness, exclude))[0]
 
 
 @accepts_backend
@@ -131,25 +131,16 @@ def contrastive_loss_with_stats(
     backend: str | None = None,
 ) -> tuple[Tensor, ContrastiveStats]:
     """As `contrastive_loss`, with the statistics of the same pass beside the loss; they cost no further GEMM."""
-    loss, seen = loss_and_seen(queries, docs, scale, similarity, directions, partition, hardness, exclude)
+    call = check_call(queries, docs, scale, similarity, directions, partition, hardness, exclude)
+    loss, seen = loss_and_seen(call)
     return loss, stats_of(seen)
 
 
-def loss_and_seen(
-    queries: Tensor,  # (B, D)
-    docs: Tensor,  # (M, D)
-    scale: float | Tensor = 20.0,
-    similarity: str | SimilarityFn = "cosine",
-    directions: Sequence[str] = ("query_to_doc",),
-    partition: str = "joint",
-    hardness: tuple[str | None, float] | None = None,
-    exclude: Tensor | Guide | None = None,
-) -> tuple[Tensor, Tensor | Seen]:
-    """As `contrastive_loss`, for callers that will ask `stats_of` for the statistics later or never.
+def loss_and_seen(call: Call) -> tuple[Tensor, Tensor | Seen]:
+    """The loss of a checked call, for callers that will ask `stats_of` for its statistics later or never.
 
     The statistics (3,) of blocks cost nothing and are there; those of a materialised batch are yet to be made.
     """
-    call = check_call(queries, docs, scale, similarity, directions, partition, hardness, exclude)
     chosen = choose_backend(call.queries, call.docs, call.spec)
     if chosen != "reference":
         return block_loss(*call, chosen)
@@ -166,12 +157,12 @@ def stats_of(seen: Tensor | Seen) -> ContrastiveStats:
 def check_call(
     queries: Tensor,
     docs: Tensor,
-    scale: float | Tensor,
-    similarity: str | SimilarityFn,
-    directions: Sequence[str],
-    partition: str,
-    hardness: tuple[str | None, float] | None,
-    exclude: Tensor | Guide | None,
+    scale: float | Tensor = 20.0,
+    similarity: str | SimilarityFn = "cosine",
+    directions: Sequence[str] = ("query_to_doc",),
+    partition: str = "joint",
+    hardness: tuple[str | None, float] | None = None,
+    exclude: Tensor | Guide | None = None,
 ) -> Call:
     """Refuse arguments of `contrastive_loss` that do not fit, and give the others in the backends' form."""
     if not isinstance(directions, str):

@@ -14,7 +14,7 @@ from torch import Tensor
 from tileloss import reference
 from tileloss.arguments import finite_number
 from tileloss.backend import accepts_backend
-from tileloss.functional.contrastive import ContrastiveStats, check_call, choose_backend, stats_of
+from tileloss.functional.contrastive import Call, ContrastiveStats, check_call, choose_backend, stats_of
 from tileloss.functional.matryoshka_op import block_matryoshka
 from tileloss.functional.prefix_cosines import check_dims
 from tileloss.guide import Guide
@@ -73,7 +73,8 @@ def matryoshka_contrastive_loss(
     >>> matryoshka_contrastive_loss(queries, docs, dims=[32, 16, 8]).backward()
     >>> half = matryoshka_contrastive_loss(queries, docs, dims={32: 1.0, 16: 0.5})
     """
-    return matryoshka_and_seen(queries, docs, dims, scale, directions, partition, hardness, exclude)[0]
+    call = check_call(queries, docs, scale, "cosine", directions, partition, hardness, exclude)
+    return matryoshka_and_seen(call, dims)[0]
 
 
 @accepts_backend
@@ -90,23 +91,16 @@ def matryoshka_contrastive_loss_with_stats(
     backend: str | None = None,
 ) -> tuple[Tensor, dict[int, ContrastiveStats]]:
     """As `matryoshka_contrastive_loss`, with the statistics of the same pass at each width beside the loss."""
-    loss, seen = matryoshka_and_seen(queries, docs, dims, scale, directions, partition, hardness, exclude)
+    call = check_call(queries, docs, scale, "cosine", directions, partition, hardness, exclude)
+    loss, seen = matryoshka_and_seen(call, dims)
     return loss, {dim: stats_of(of_width) for dim, of_width in seen.items()}
 
 
 def matryoshka_and_seen(
-    queries: Tensor,  # (B, D)
-    docs: Tensor,  # (M, D)
-    dims: Sequence[int] | Mapping[int, float],
-    scale: float | Tensor = 20.0,
-    directions: Sequence[str] = ("query_to_doc",),
-    partition: str = "joint",
-    hardness: tuple[str | None, float] | None = None,
-    exclude: Tensor | Guide | None = None,
+    call: Call, dims: Sequence[int] | Mapping[int, float]
 ) -> tuple[Tensor, dict[int, Tensor | Seen]]:
-    """As `matryoshka_contrastive_loss`, for callers that will ask `stats_of` for the statistics of a width or not."""
-    call = check_call(queries, docs, scale, "cosine", directions, partition, hardness, exclude)
-    given = check_dims(dims, queries.shape[1])
+    """The loss of a checked call by cosine, and for each width what `stats_of` makes its statistics of."""
+    given = check_dims(dims, call.queries.shape[1])
     weighted: dict[int, float] = {}
     for dim, weight in zip(given, _weights(dims, len(given)), strict=True):
         weighted[dim] = weighted.get(dim, 0.0) + weight
@@ -114,7 +108,7 @@ def matryoshka_and_seen(
     weights = [weighted[dim] for dim in widths]
     chosen = choose_backend(call.queries, call.docs, call.spec, _WORTH * len(call.queries) * len(call.docs))
     if chosen == "reference":
-        with full_precision(queries):
+        with full_precision(call.queries):
             loss, seen = reference.matryoshka_contrastive_loss(*call, widths, weights)
             return loss, dict(zip(widths, seen, strict=True))
     loss, statistics = block_matryoshka(call, widths, weights, chosen)

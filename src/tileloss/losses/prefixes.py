@@ -19,7 +19,7 @@ from tileloss.functional import (
     paired_similarity,
     prefix_cosines,
 )
-from tileloss.functional.contrastive import loss_and_seen
+from tileloss.functional.contrastive import check_call, loss_and_seen
 from tileloss.functional.matryoshka import matryoshka_and_seen
 from tileloss.reference.contrastive import Seen
 from tileloss.similarity import SimilarityFn, recognise
@@ -54,14 +54,14 @@ def in_batch_loss(
 ) -> tuple[Tensor, Tensor | Seen]:
     """`loss_and_seen`, or the weighted sum of the losses over prefixes, with what was seen at the smallest."""
     if prefixes is None:
-        return loss_and_seen(queries, docs, similarity=similarity, **objective)
+        return loss_and_seen(check_call(queries, docs, similarity=similarity, **objective))
     smallest = min(prefixes)
     if recognise(similarity) in PRODUCTS:
         check_width(max(prefixes), queries)
-        loss, seen = matryoshka_and_seen(queries, docs, prefixes, **objective)
+        loss, seen = matryoshka_and_seen(check_call(queries, docs, **objective), prefixes)
         return loss, seen[smallest]
     found = {
-        dim: loss_and_seen(shrink(queries, dim), shrink(docs, dim), similarity=similarity, **objective)
+        dim: loss_and_seen(check_call(shrink(queries, dim), shrink(docs, dim), similarity=similarity, **objective))
         for dim in prefixes
     }
     return _weighted(prefixes, [loss for loss, _ in found.values()]), found[smallest][1]
