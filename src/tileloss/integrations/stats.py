@@ -78,8 +78,9 @@ class _Means:
 
 def _collector(prefix: str, means: Callable[[], _Means]) -> Callable[[Any, Any, Any], None]:
     def collect(loss: Any, inputs: Any, value: Any) -> None:
-        if loss.stats is not None:
-            for name, number in loss.stats._asdict().items():
+        stats = loss.stats  # many make them at every look
+        if stats is not None:
+            for name, number in stats._asdict().items():
                 means().add(prefix + name, number)
 
     return collect

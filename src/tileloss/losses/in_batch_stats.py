@@ -24,10 +24,9 @@ class InBatchStats:
 
     @property
     def stats(self) -> ContrastiveStats | None:
-        """The statistics of the last call, detached. None before the first."""
-        if not isinstance(self._seen, ContrastiveStats | None):
-            self.__dict__["_seen"] = stats_of(self._seen)
-        return self._seen  # type: ignore[return-value]
+        """The statistics of the last call, detached, and anew at every look. None before the first."""
+        seen = self._seen  # a CUDA graph writes to it without a call, so what was made of it may not be kept
+        return seen if seen is None or isinstance(seen, ContrastiveStats) else stats_of(seen)
 
     @stats.setter
     def stats(self, nothing: None) -> None:
