@@ -26,9 +26,9 @@ class InBatchStats:
     def stats(self) -> ContrastiveStats | None:
         """The statistics of the last call, detached, and anew at every look. None before the first."""
         seen = self._seen  # a CUDA graph writes to it without a call, so what was made of it may not be kept
-        return seen if seen is None or isinstance(seen, ContrastiveStats) else stats_of(seen)
+        return stats_of(seen) if isinstance(seen, Tensor | Seen) else seen
 
     @stats.setter
-    def stats(self, nothing: None) -> None:
-        """Setting them to None forgets the last call, and frees what it left behind."""
-        self.__dict__["_seen"] = nothing
+    def stats(self, stats: ContrastiveStats | None) -> None:
+        """Setting them to None forgets the last call, and frees what it left behind; a subclass may set its own."""
+        self.__dict__["_seen"] = stats
