@@ -15,10 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tileloss.errors import ShapeError
-from tileloss.functional import (
-    paired_similarity,
-    prefix_cosines,
-)
+from tileloss.functional import paired_similarity, prefix_cosines
 from tileloss.functional.contrastive import check_call, loss_and_seen
 from tileloss.functional.matryoshka import matryoshka_and_seen
 from tileloss.reference.contrastive import Seen
