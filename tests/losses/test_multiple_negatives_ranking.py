@@ -16,7 +16,7 @@ import tileloss
 from tileloss import similarity as ours
 from tileloss.errors import InputError, ShapeError
 from tileloss.functional import ContrastiveStats, contrastive_loss, contrastive_loss_with_stats
-from tileloss.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss, in_batch_stats
+from tileloss.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss, in_batch
 from tileloss.reference.contrastive import Seen
 from tileloss.spec import DIRECTIONS
 
@@ -297,7 +297,7 @@ def test_statistics_of_a_small_batch_are_made_when_they_are_asked_for(
     kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From similarities that are kept without their graph, until the next call, and while they are few."""
-    monkeypatch.setattr(in_batch_stats, "_KEPT", kept)
+    monkeypatch.setattr(in_batch, "_KEPT", kept)
     made = []
     statistics = Seen.statistics
     monkeypatch.setattr(Seen, "statistics", lambda seen: made.append(seen) or statistics(seen))

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from tileloss.backend import say_once
-from tileloss.distributed import check_gather, loss_of_batch, part_of_batch
+from tileloss.distributed import check_gather, part_of_batch
 from tileloss.errors import InputError, ShapeError
 from tileloss.guide import STRATEGIES, Guide, thresholds
 from tileloss.losses.cross_entropy import is_plain
-from tileloss.losses.in_batch_stats import InBatchStats
-from tileloss.losses.prefixes import Prefixes, in_batch_loss
+from tileloss.losses.in_batch import InBatchLoss
+from tileloss.losses.prefixes import Prefixes
 from tileloss.losses.retokenize import check_tokenizers, must_retokenize, retokenized
 from tileloss.losses.wrapping import replaced
 from tileloss.minibatches import Features
@@ -34,7 +34,7 @@ class Columns(NamedTuple):
         return Columns([x[begin:end] for x in self.embeddings], [x[begin:end] for x in self.by_guide])
 
 
-class GuidedLoss(InBatchStats, nn.Module):
+class GuidedLoss(InBatchLoss):
     """In-batch softmax cross-entropy without the negatives that a guide finds more similar than the positive.
 
     Subclasses embed the columns by both models and call `loss_of_columns`.
@@ -71,7 +71,6 @@ class GuidedLoss(InBatchStats, nn.Module):
         self.contrast_positives = contrast_positives
         self.gather_across_devices = gather_across_devices
         self.cross_entropy_loss = nn.CrossEntropyLoss()
-        self._prefixes: Prefixes | None = None
 
     def guide_features(self, features: Features) -> Features:
         """What the guide is given for a column or mini-batch, made before the model writes its outputs into it."""
@@ -93,13 +92,7 @@ class GuidedLoss(InBatchStats, nn.Module):
             )
             part = part_of_batch(inputs, self.gather_across_devices)
             return self._loss_of_part(embeddings, guide_embeddings, part)
-        if self.gather_across_devices:
-            loss, stats = loss_of_batch(inputs, self.gather_across_devices)
-            self._see(stats)
-        else:
-            loss, seen = in_batch_loss(self._prefixes, **inputs())
-            self._see(seen)
-        return rounded_as(loss, embeddings[0])
+        return rounded_as(self._loss_of(inputs), embeddings[0])
 
     def _inputs(self, embeddings: Sequence[Tensor], guide_embeddings: Sequence[Tensor]) -> dict[str, Any]:
         """The arguments of `tileloss.functional.contrastive_loss`, the columns checked."""

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tileloss.distributed import check_gather, loss_of_batch
+from tileloss.distributed import check_gather
 from tileloss.errors import InputError, ShapeError
 from tileloss.losses import citations
 from tileloss.losses.columns import embed_columns
-from tileloss.losses.in_batch_stats import InBatchStats
-from tileloss.losses.prefixes import Prefixes, in_batch_loss
+from tileloss.losses.in_batch import InBatchLoss
+from tileloss.losses.prefixes import Prefixes
 from tileloss.losses.wrapping import replaced
 from tileloss.similarity import cos_sim, similarity_fct_name
 from tileloss.spec import DIRECTIONS, ContrastiveSpec
@@ -23,7 +23,7 @@ from tileloss.spec import DIRECTIONS, ContrastiveSpec
 logger = logging.getLogger(__name__)
 
 
-class MultipleNegativesRankingLoss(InBatchStats, nn.Module):
+class MultipleNegativesRankingLoss(InBatchLoss):
     """For every query, its own document should rank first among all documents of the batch (InfoNCE).
 
     Drop-in for sentence-transformers' class of this name: the same arguments, columns, values and gradients, without
@@ -89,7 +89,6 @@ class MultipleNegativesRankingLoss(InBatchStats, nn.Module):
         self.hardness_mode = hardness_mode
         self.hardness_strength = hardness_strength
         self.exclude_same_label = exclude_same_label
-        self._prefixes: Prefixes | None = None
         ContrastiveSpec(similarity_fct, self.directions, partition_mode, hardness_mode, hardness_strength)
         if hardness_mode is not None and hardness_strength == 0.0:
             logger.warning(
@@ -102,13 +101,7 @@ class MultipleNegativesRankingLoss(InBatchStats, nn.Module):
 
     def compute_loss_from_embeddings(self, embeddings: Sequence[Tensor], labels: Tensor | None = None) -> Tensor:
         """The loss (0-dim) of embeddings (B, D) of each column, in the order query, positive, negatives."""
-        if self.gather_across_devices:
-            loss, stats = loss_of_batch(lambda: self._inputs(embeddings, labels), self.gather_across_devices)
-            self._see(stats)
-        else:
-            loss, seen = in_batch_loss(self._prefixes, **self._inputs(embeddings, labels))
-            self._see(seen)
-        return loss
+        return self._loss_of(lambda: self._inputs(embeddings, labels))
 
     def _inputs(self, embeddings: Sequence[Tensor], labels: Tensor | None) -> dict[str, Any]:
         """The arguments of `tileloss.functional.contrastive_loss`, the columns checked."""

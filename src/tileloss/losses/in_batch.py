@@ -1,26 +1,42 @@
-"""The statistics that losses with in-batch negatives keep of their last call."""
+"""What losses with in-batch negatives have in common: the call, over one process or all, and its statistics."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Callable
+from typing import Any
 
+from torch import Tensor, nn
+
+from tileloss.distributed import loss_of_batch
 from tileloss.functional.contrastive import ContrastiveStats, stats_of
+from tileloss.losses.prefixes import Prefixes, in_batch_loss
 from tileloss.reference.contrastive import Seen
 
 # similarities that may be kept for statistics that nobody may ask for: 4 MB of them in float32
 _KEPT = 1 << 20
 
 
-class InBatchStats:
+class InBatchLoss(nn.Module):
     """A loss whose statistics are made when they are asked for, because small batches feel the making."""
 
+    gather_across_devices: bool | str
+    _prefixes: Prefixes | None = None
     _seen: Tensor | Seen | ContrastiveStats | None = None
 
-    def _see(self, seen: Tensor | Seen | ContrastiveStats) -> None:
-        """Keep what the statistics of this call are made of, or, where that is much, the statistics."""
+    def _loss_of(self, inputs: Callable[[], dict[str, Any]]) -> Tensor:
+        """The loss (0-dim) of what `inputs` checks and gives: arguments of `tileloss.functional.contrastive_loss`.
+
+        Leaves behind what its statistics are made of, or, where that is much, the statistics.
+        """
+        seen: Tensor | Seen | ContrastiveStats
+        if self.gather_across_devices:
+            loss, seen = loss_of_batch(inputs, self.gather_across_devices)
+        else:
+            loss, seen = in_batch_loss(self._prefixes, **inputs())
         if isinstance(seen, Seen) and seen.similarities.numel() > _KEPT:
             seen = stats_of(seen)
         self.__dict__["_seen"] = seen  # past the module's own setter, whose time a small batch feels too
+        return loss
 
     @property
     def stats(self) -> ContrastiveStats | None:
