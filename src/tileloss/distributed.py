@@ -202,19 +202,9 @@ def _agreed(
     return agree(lambda: _checked(**inputs()), lambda call: (len(call.queries), _meaning(call, exchange)), group)
 
 
-def _checked(
-    queries: Tensor,
-    docs: Tensor,
-    *,
-    scale: float | Tensor = 20.0,
-    similarity: Any = "cosine",
-    directions: Any = ("query_to_doc",),
-    partition: str = "joint",
-    hardness: tuple[str | None, float] | None = None,
-    exclude: Any = None,
-) -> Call:
+def _checked(**arguments: Any) -> Call:
     """The arguments in the backends' form, refused where they do not fit, alone or in a group."""
-    call = check_call(queries, docs, scale, similarity, directions, partition, hardness, exclude)
+    call = check_call(**arguments)
     size, count = len(call.queries), len(call.docs)
     if size == 0:
         raise ShapeError("The batch of this process is empty. Each needs at least one row; drop the last batch.")
