@@ -33,6 +33,8 @@ def test_the_other_arguments(rows: Tensor, docs: Tensor, distribute: Callable[[T
         F.paired_similarity(rows, distribute(docs))
     with pytest.raises(InputError, match=r"^labels must be a plain tensor"):
         F.triplet_loss(rows, distribute(torch.arange(len(rows)) // 4))
+    with pytest.raises(InputError, match=r"^labels must be a plain tensor"):
+        F.triplet_masks(distribute(torch.arange(4) // 2))
 
 
 def test_what_the_message_advises(rows: Tensor, docs: Tensor, distribute: Callable[[Tensor], Tensor]) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tileloss import reference
 from tileloss.backend import accepts_backend, choose
-from tileloss.errors import DtypeError, InputError, ShapeError
+from tileloss.errors import DtypeError, ShapeError
+from tileloss.functional.checks import check_tensor
 from tileloss.tiled.triplet_masks import triplet_masks as masks_in_place
 
 
@@ -65,8 +66,7 @@ def triplet_masks(
             [ True, False, False],
             [False, False, False]])
     """
-    if not isinstance(labels, Tensor):
-        raise InputError(f"labels must be a tensor, got {type(labels).__name__}.")
+    check_tensor("labels", labels)
     if labels.ndim not in (1, 2) or (labels.ndim == 2 and labels.shape[1] != 1):
         raise ShapeError(f"labels must have shape (B,) or (B, 1), got {tuple(labels.shape)}.")
     if labels.is_complex():
