@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -29,7 +27,7 @@ from torch import Tensor, nn
 
 from tileloss import losses
 from tileloss.bench.measure import accelerator_peak, cpu_peak, describe, time_in_turns
-from tileloss.bench.report import origin
+from tileloss.bench.report import signed
 
 OURS, THEIRS = "tileloss", "sentence-transformers"
 WORDS = 30_522
@@ -201,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = options.encoder or list(dict.fromkeys(name for name, _ in CASES))
     cases = [(name, rows) for name in names for rows in options.batch] if options.batch else CASES
     records: list[dict[str, Any]] = []
-    figures = {"setting": asdict(setting), "cases": records, **origin(shlex.join(["python", "-P", *sys.argv]))}
+    figures = signed({"setting": asdict(setting), "cases": records})
     for name, rows in (case for case in cases if case[0] in names):
         if time.monotonic() > end:
             records.append({"encoder": name, "batch": rows, "missing": {"all": "left out: the time limit has passed"}})

@@ -89,9 +89,14 @@ def origin(command: str) -> dict[str, Any]:
     }
 
 
+def signed(figures: dict[str, Any]) -> dict[str, Any]:
+    """What a script has measured, with its origin: the command line that it was started by."""
+    return {**figures, **origin(shlex.join(["python", "-P", *sys.argv]))}
+
+
 def leave(figures: dict[str, Any], out: Path | None) -> None:
     """Print what a script has measured, with its origin, and write it to a file if there is to be one."""
-    text = json.dumps({**figures, **origin(shlex.join(["python", "-P", *sys.argv]))}, indent=2)
+    text = json.dumps(signed(figures), indent=2)
     print(text)
     if out is not None:
         out.write_text(text + "\n")
