@@ -20,7 +20,7 @@ OF_THE_LIBRARY = "reference functional losses conformance integrations test_enco
 def oldest(session: nox.Session) -> None:
     """The functions, the losses and the kernels under the lowest versions that pyproject.toml allows."""
     session.install("--resolution", "lowest-direct", "--editable", ".[dev]")
-    session.run("pytest", *(f"tests/{name}" for name in OF_THE_LIBRARY.split()))
+    check_library(session)
     check_kernels(session, may_spill=48)  # the configurations were chosen under newer compilers
 
 
@@ -28,7 +28,7 @@ def oldest(session: nox.Session) -> None:
 def newest(session: nox.Session) -> None:
     """The functions, the losses and the kernels under the newest versions that there are of everything."""
     session.install("--upgrade", "--editable", ".[dev]")
-    session.run("pytest", *(f"tests/{name}" for name in OF_THE_LIBRARY.split()))
+    check_library(session)
     check_kernels(session)
 
 
@@ -36,7 +36,7 @@ def newest(session: nox.Session) -> None:
 def newest_python(session: nox.Session) -> None:
     """The functions, the losses and the kernels under a newer Python, with what constraints.txt names."""
     session.install("--constraint", "constraints.txt", "--editable", ".[dev]")
-    session.run("pytest", *(f"tests/{name}" for name in OF_THE_LIBRARY.split()))
+    check_library(session)
     check_kernels(session, may_spill=24)  # by the Triton that this torch asks for
 
 
@@ -46,6 +46,11 @@ def newest_triton(session: nox.Session) -> None:
     session.install("--constraint", "constraints.txt", "torch", "numpy", "pytest", "tqdm")
     session.install("--no-deps", f"triton=={NEWEST_TRITON}", "--editable", ".")
     check_kernels(session)
+
+
+def check_library(session: nox.Session) -> None:
+    """The functions and the losses."""
+    session.run("pytest", *(f"tests/{name}" for name in OF_THE_LIBRARY.split()))
 
 
 def check_kernels(session: nox.Session, may_spill: int = 0) -> None:

@@ -55,7 +55,7 @@ OTHERS = (
     ),
     Interface("", "Guides", "tileloss.guide", ["Guide"]),
     Interface("", "Several processes", "tileloss.distributed", ["contrastive_loss", "contrastive_loss_with_stats"]),
-    Interface("", "What a loss owns, in several processes", "tileloss.own_parameters", ["OwnParameters"]),
+    Interface("", "What a loss owns", "tileloss.own_parameters", ["OwnParameters"]),
     Interface("", "Encoders", "tileloss.encoder", ["Encoder", "TransformerEncoder", "StaticEncoder"]),
     Interface("", "Trainer", "tileloss.trainer", ["EmbeddingTrainer", "PairCollator"]),
     Interface("", "Errors and warnings", "tileloss.errors", [name for name in vars(errors) if name[0].isupper()]),

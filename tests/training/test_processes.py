@@ -51,11 +51,9 @@ def test_losses_are_those_of_the_stock_classes_and_weights_stay_together(
     assert first["ours"]["processes"] == 2
     assert len(first["ours"]["losses"]) == 4
     assert first["ours"]["losses"] == pytest.approx(first["stock"]["losses"], rel=1e-4)
-    # the trainer finds the model of a mined loss, which holds it by another name, and so averages its gradients
-    for name in ("ours", "mined"):
-        assert first[name]["weights"] == second[name]["weights"]
-    # and what losses own, which no trainer wraps in DistributedDataParallel
-    for name in ("owning", "of ours"):
+    # the trainer finds the model of a mined loss, which holds it by another name, and so averages its gradients; and
+    # what losses own, which it does not wrap in DistributedDataParallel, is averaged beside it
+    for name in ("ours", "mined", "owning", "of ours"):
         assert first[name]["weights"] == second[name]["weights"]
 
 
